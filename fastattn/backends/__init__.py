@@ -1,0 +1,5 @@
+"""The backends, in the order in which `fastattn.dispatch` asks them."""
+
+from fastattn.backends import cpu, reference
+
+BACKENDS = (cpu, reference)

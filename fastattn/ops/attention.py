@@ -1,0 +1,319 @@
+"""Scaled dot-product attention: signature, autograd and torch.library registration."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastattn import dispatch, philox
+from fastattn.ops import attention_problem, common
+from fastattn.ops.attention_problem import AttentionTensors
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    offset: int | Tensor = 0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Fused scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
+
+    The score of query i and key j is ``softmax_scale * q_i . k_j``, soft-capped, plus bias and
+    ALiBi; key j is visible to query i when
+    ``i + offset - window[0] <= j <= i + offset + window[1]`` and the mask and the lengths allow
+    it. A query that sees no key gets output 0, lse -inf and gradient 0.
+
+    Args:
+        q: ``(batch, heads, seqlen_q, head_dim)``, or packed ``(total_q, heads, head_dim)``;
+            float32, float16, bfloat16, or float64 on the reference backend. Any strides.
+        k: ``(batch, heads_kv, seqlen_k, head_dim)``, packed ``(total_k, heads_kv, head_dim)``, or
+            paged ``(num_pages, page_size, heads_kv, head_dim)``. `heads` is a multiple of
+            `heads_kv` (grouped-query attention, Ainslie et al. 2023).
+        v: as `k`, with ``head_dim_v`` in place of ``head_dim``.
+        softmax_scale: factor of the scores; default ``1 / sqrt(head_dim)``.
+        causal: hide the keys right of the diagonal: ``window[1] = 0``.
+        window: inclusive bounds (left, right) of the visible band, None for no bound.
+        offset: diagonal of the band: 0 aligns top left as PyTorch does,
+            ``seqlen_k - seqlen_q`` bottom right as flash-attention does. An int32 tensor
+            ``(batch,)`` gives each sequence its own.
+        mask: boolean, True = take part, broadcastable to ``(batch, heads, seqlen_q, seqlen_k)``.
+        bias: added to the scores, broadcastable alike; its gradient has its own shape.
+        alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: adds
+            ``-slope * |i + offset - j|`` (Press et al. 2022). Not differentiable.
+        softcap: ``softcap * tanh(score / softcap)`` before bias and mask (Gemma 2).
+        sinks: ``(heads,)``, one extra logit a head in the softmax's denominator
+            (Xiao et al. 2024).
+        dropout_p: probability of dropping an attention weight, 0 <= dropout_p < 1.
+        seed: of the dropout, int or int64 tensor of one element; default drawn from torch's
+            generator. The same seed drops the same weights on every backend.
+        seqlens_k: int32 ``(batch,)``, number of valid keys of each sequence.
+        cu_seqlens_q, cu_seqlens_k: int32 ``(batch + 1,)``, where each packed sequence begins.
+        max_seqlen_q, max_seqlen_k: longest packed sequence; computed if not given.
+        block_table: int32 ``(batch, max_pages)``, the pages of each sequence's cache; needs
+            `seqlens_k`.
+        return_lse: return ``(out, lse)``.
+        deterministic: also across thread counts and batch sizes; always so for equal calls.
+
+    Returns:
+        out ``(batch, heads, seqlen_q, head_dim_v)`` in the dtype of `q`, stored with heads inside
+        seqlen (``out.transpose(1, 2)`` is contiguous); packed ``(total_q, heads, head_dim_v)``.
+        With `return_lse` also the log-sum-exp of the scores, float32, natural logarithm,
+        ``(batch, heads, seqlen_q)``, packed ``(heads, total_q)``; differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype or device.
+        fastattn.BackendError: a forced backend cannot run the call.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, Tensor):
+            common.check_tensor(name, value)
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        q, k, v = common.autocast(device_type, q, k, v)
+    left, right = window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    offset_tensor = None
+    if isinstance(offset, Tensor):
+        offset, offset_tensor = 0, offset
+    if dropout_p:
+        common.check_dropout(dropout_p)
+        seed = philox.new_seed(q.device) if seed is None else common.seed_tensor(seed, q.device)
+    else:
+        seed = None
+    if bias is not None and bias.dtype not in (q.dtype, torch.float32):
+        bias = bias.to(q.dtype)
+    if sinks is not None:
+        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes: no gradient is computed for it; detach it, or use bias")
+    if cu_seqlens_q is not None:
+        max_seqlen_q, max_seqlen_k = _longest(
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        )
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    args = (
+        q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
+        cu_seqlens_q, cu_seqlens_k, block_table, softmax_scale, left, right, offset,
+        softcap or 0.0, dropout_p, max_seqlen_q or 0, max_seqlen_k or 0,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    if not common.is_plain(q, k, v, mask, bias, sinks) or q.is_meta:
+        out, lse = torch.ops.fastattn.attention_fwd(*args)
+    elif common.needs_grad(q, k, v, bias, sinks):
+        out, lse = _Attention.apply(*args)
+    else:
+        out, lse = _fwd(*args)
+    return (out, lse) if return_lse else out
+
+
+def _longest(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[int, int | None]:
+    if max_seqlen_q is None:
+        max_seqlen_q = int(cu_seqlens_q.diff().max()) if cu_seqlens_q.numel() > 1 else 0
+    if max_seqlen_k is None and cu_seqlens_k is not None:
+        max_seqlen_k = int(cu_seqlens_k.diff().max()) if cu_seqlens_k.numel() > 1 else 0
+    return max_seqlen_q, max_seqlen_k
+
+
+def _four_dims(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.dim() == 4:
+        return tensor
+    return tensor[(None,) * (4 - tensor.dim())]
+
+
+def _empty_outputs(t: AttentionTensors) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and lse in the layout that every backend gives them."""
+    q, head_dim_v = t.q, t.v.shape[-1]
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if t.cu_seqlens_q is not None:
+        total_q, heads, _ = q.shape
+        return (
+            q.new_empty((total_q, heads, head_dim_v)),
+            q.new_empty((heads, total_q), dtype=lse_dtype),
+        )
+    batch, heads, seqlen_q, _ = q.shape
+    out = q.new_empty((batch, seqlen_q, heads, head_dim_v)).transpose(1, 2)
+    return out, q.new_empty((batch, heads, seqlen_q), dtype=lse_dtype)
+
+
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional[Tensor],
+    bias: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    sinks: Optional[Tensor],
+    seed: Optional[Tensor],
+    offset_tensor: Optional[Tensor],
+    seqlens_k: Optional[Tensor],
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    block_table: Optional[Tensor],
+    softmax_scale: float,
+    window_left: Optional[int],
+    window_right: Optional[int],
+    offset: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    t = AttentionTensors(
+        q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
+        cu_seqlens_q, cu_seqlens_k, block_table,
+    )  # fmt: skip
+    problem = attention_problem.problem(
+        "attention_fwd", t, softmax_scale, window_left, window_right, offset, softcap, dropout_p,
+        max_seqlen_q, max_seqlen_k, deterministic,
+    )  # fmt: skip
+    if mask is not None or bias is not None:
+        t = t._replace(mask=_four_dims(mask), bias=_four_dims(bias))
+    return dispatch.select(problem).attention_fwd(problem, t)
+
+
+def _bwd(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Optional[Tensor],
+    bias: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    sinks: Optional[Tensor],
+    seed: Optional[Tensor],
+    offset_tensor: Optional[Tensor],
+    seqlens_k: Optional[Tensor],
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    block_table: Optional[Tensor],
+    softmax_scale: float,
+    window_left: Optional[int],
+    window_right: Optional[int],
+    offset: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    t = AttentionTensors(
+        q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
+        cu_seqlens_q, cu_seqlens_k, block_table,
+    )  # fmt: skip
+    problem = attention_problem.problem(
+        "attention_bwd", t, softmax_scale, window_left, window_right, offset, softcap, dropout_p,
+        max_seqlen_q, max_seqlen_k, deterministic,
+    )  # fmt: skip
+    if mask is not None or bias is not None:
+        t = t._replace(mask=_four_dims(mask), bias=_four_dims(bias))
+    backend = dispatch.select(problem)
+    dq, dk, dv, dbias, dsinks = backend.attention_bwd(problem, t, out, lse, dout, dlse)
+    if bias is not None and dbias is not None:
+        dbias = dbias.reshape(bias.shape)
+    return dq, dk, dv, dbias, dsinks
+
+
+def _fwd_meta(*args) -> tuple[Tensor, Tensor]:
+    t = AttentionTensors(*args[:13])
+    attention_problem.check("attention_fwd", t, *args[13:])
+    return _empty_outputs(t)
+
+
+def _bwd_library(*args):
+    grads = _bwd(*args)
+    return tuple(args[4].new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _bwd_meta(dout, dlse, out, lse, q, k, v, *rest):
+    bias, sinks = rest[1], rest[3]
+    return tuple(
+        q.new_empty(0) if tensor is None else torch.empty_like(tensor)
+        for tensor in (q, k, v, bias, sinks)
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """The eager call under autograd; `attention_fwd` of torch.library is its traceable twin."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        out, lse = _fwd(*args)
+        _setup_context(ctx, args, (out, lse))
+        ctx.forced_backend = dispatch.forced_backend()
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        if ctx.forced_backend is None:
+            return _backward(ctx, dout, dlse, _bwd)
+        with dispatch.use_backend(ctx.forced_backend):
+            return _backward(ctx, dout, dlse, _bwd)
+
+
+def _setup_context(ctx, inputs, output):
+    out, lse = output
+    ctx.save_for_backward(out, lse, *inputs[:13])
+    ctx.scalars = inputs[13:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, bwd):
+    out, lse, *tensors = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return (None,) * 22
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dbias, dsinks = bwd(dout, dlse, out, lse, *tensors, *ctx.scalars)
+    if not ctx.needs_input_grad[4]:
+        dbias = None
+    if not ctx.needs_input_grad[6]:
+        dsinks = None
+    return dq, dk, dv, None, dbias, None, dsinks, *(None,) * 15
+
+
+def _library_backward(ctx, dout, dlse):
+    return _backward(ctx, dout, dlse, torch.ops.fastattn.attention_bwd)
+
+
+_fwd_op = torch.library.custom_op("fastattn::attention_fwd", _fwd, mutates_args=())
+_fwd_op.register_fake(_fwd_meta)
+_fwd_op.register_autograd(_library_backward, setup_context=_setup_context)
+_bwd_op = torch.library.custom_op(
+    "fastattn::attention_bwd",
+    _bwd_library,
+    mutates_args=(),
+    schema=torch.library.infer_schema(_bwd, mutates_args=()),
+)
+_bwd_op.register_fake(_bwd_meta)

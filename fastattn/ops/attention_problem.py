@@ -1,0 +1,246 @@
+"""The metadata and the tensors of an attention call, and the checks that all of them pass."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class AttentionProblem(NamedTuple):
+    """What a backend needs to know of a call to accept or refuse it; no tensors."""
+
+    op: str  # "attention_fwd" or "attention_bwd"
+    device: str
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    heads_kv: int
+    seqlen_q: int  # of the longest sequence in a packed call
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    softmax_scale: float
+    window_left: int | None
+    window_right: int | None
+    offset: int
+    softcap: float
+    dropout_p: float
+    deterministic: bool
+    offset_tensor: bool
+    mask: bool
+    bias: torch.dtype | None
+    alibi: bool
+    sinks: bool
+    seqlens_k: bool
+    packed: bool
+    page_size: int  # 0: not paged
+
+
+class AttentionTensors(NamedTuple):
+    """The tensors of a call, absent ones None. Mask and bias are 4-D, each dim full or 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    offset: Tensor | None
+    seqlens_k: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    block_table: Tensor | None
+
+
+_checked: dict[tuple, AttentionProblem] = {}
+_CHECKED_LIMIT = 4096
+
+
+def problem(
+    op: str,
+    t: AttentionTensors,
+    softmax_scale: float,
+    left: int | None,
+    right: int | None,
+    offset: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    deterministic: bool,
+) -> AttentionProblem:
+    """The call's problem; a call like an earlier one is not checked again."""
+    q, k, v = t[:3]
+    plain = t.mask is t.bias is t.alibi_slopes is t.sinks is t.seed is None
+    plain = plain and t.offset is t.seqlens_k is t.cu_seqlens_q is t.cu_seqlens_k is None
+    key = None
+    if plain and t.block_table is None:
+        key = (
+            op, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device,
+            v.device, softmax_scale, left, right, offset, softcap, deterministic,
+        )  # fmt: skip
+        known = _checked.get(key)
+        if known is not None:
+            return known
+    checked = check(
+        op, t, softmax_scale, left, right, offset, softcap, dropout_p,
+        max_seqlen_q, max_seqlen_k, deterministic,
+    )  # fmt: skip
+    if key is not None:
+        if len(_checked) >= _CHECKED_LIMIT:
+            _checked.clear()
+        _checked[key] = checked
+    return checked
+
+
+def check(
+    op: str,
+    t: AttentionTensors,
+    softmax_scale: float,
+    left: int | None,
+    right: int | None,
+    offset: int,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    deterministic: bool,
+) -> AttentionProblem:
+    q, k, v = t.q, t.k, t.v
+    packed = t.cu_seqlens_q is not None
+    paged = t.block_table is not None
+    _check_dtype_and_device(t)
+    if packed:
+        if t.cu_seqlens_k is None and not paged:
+            raise ValueError("cu_seqlens_k: expected a tensor beside cu_seqlens_q, got None")
+        _check_dims("q", q, 3, "(total_q, heads, head_dim)")
+        batch = t.cu_seqlens_q.shape[0] - 1
+        heads, seqlen_q = q.shape[1], max_seqlen_q
+    else:
+        if t.cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_q: expected a tensor beside cu_seqlens_k, got None")
+        _check_dims("q", q, 4, "(batch, heads, seqlen_q, head_dim)")
+        batch, heads, seqlen_q = q.shape[:3]
+    page_size = 0
+    if paged:
+        if t.seqlens_k is None:
+            raise ValueError("seqlens_k: expected a tensor beside block_table, got None")
+        layout = "(num_pages, page_size, heads_kv, head_dim)"
+        _check_dims("k", k, 4, layout)
+        _check_dims("v", v, 4, layout)
+        _check_vector("block_table", t.block_table, torch.int32, (batch, t.block_table.shape[-1]))
+        page_size, heads_kv = k.shape[1:3]
+        seqlen_k = t.block_table.shape[1] * page_size
+    elif packed:
+        _check_dims("k", k, 3, "(total_k, heads_kv, head_dim)")
+        _check_dims("v", v, 3, "(total_k, heads_kv, head_dim_v)")
+        heads_kv, seqlen_k = k.shape[1], max_seqlen_k
+    else:
+        _check_dims("k", k, 4, "(batch, heads_kv, seqlen_k, head_dim)")
+        _check_dims("v", v, 4, "(batch, heads_kv, seqlen_k, head_dim_v)")
+        heads_kv, seqlen_k = k.shape[1:3]
+        if k.shape[0] != batch:
+            raise ValueError(f"k: expected batch {batch} as in q, got {k.shape[0]}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: expected head_dim {q.shape[-1]} as in q, got {k.shape[-1]}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v: expected {tuple(k.shape[:-1])} before head_dim_v as in k, "
+            f"got {tuple(v.shape[:-1])}"
+        )
+    if heads and (not heads_kv or heads % heads_kv):
+        raise ValueError(f"k: expected heads_kv to divide the {heads} heads of q, got {heads_kv}")
+    for name, cu_seqlens in (("cu_seqlens_q", t.cu_seqlens_q), ("cu_seqlens_k", t.cu_seqlens_k)):
+        if cu_seqlens is not None:
+            _check_vector(name, cu_seqlens, torch.int32, (batch + 1,))
+    for name, lengths in (("seqlens_k", t.seqlens_k), ("offset", t.offset)):
+        if lengths is not None:
+            _check_vector(name, lengths, torch.int32, (batch,))
+    for name, bound in (("window", left), ("window", right), ("offset", offset)):
+        if bound is not None and not isinstance(bound, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected int, got {type(bound).__name__}")
+    if softcap < 0:
+        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+    if t.sinks is not None:
+        _check_vector("sinks", t.sinks, None, (heads,))
+    if t.alibi_slopes is not None:
+        shape = (heads,) if t.alibi_slopes.dim() == 1 else (batch, heads)
+        _check_vector("alibi_slopes", t.alibi_slopes, torch.float32, shape)
+    full = (batch, heads, seqlen_q, seqlen_k)
+    if t.mask is not None:
+        if t.mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected torch.bool (True = take part), got {t.mask.dtype}")
+        _check_broadcast("mask", t.mask, full, packed)
+    if t.bias is not None:
+        _check_broadcast("bias", t.bias, full, packed)
+    return AttentionProblem(
+        op=op,
+        device=q.device.type,
+        dtype=q.dtype,
+        batch=batch,
+        heads=heads,
+        heads_kv=heads_kv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        softmax_scale=softmax_scale,
+        window_left=left,
+        window_right=right,
+        offset=offset,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        offset_tensor=t.offset is not None,
+        mask=t.mask is not None,
+        bias=None if t.bias is None else t.bias.dtype,
+        alibi=t.alibi_slopes is not None,
+        sinks=t.sinks is not None,
+        seqlens_k=t.seqlens_k is not None,
+        packed=packed,
+        page_size=page_size,
+    )
+
+
+def _check_dtype_and_device(t: AttentionTensors) -> None:
+    if t.q.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(f"q: expected one of {names}, got {t.q.dtype}")
+    for name in ("k", "v"):
+        dtype = getattr(t, name).dtype
+        if dtype != t.q.dtype:
+            raise TypeError(f"{name}: expected {t.q.dtype} as in q, got {dtype}")
+    for name, tensor in zip(t._fields, t, strict=True):
+        if tensor is not None and tensor.device != t.q.device:
+            raise ValueError(f"{name}: expected device {t.q.device} as q, got {tensor.device}")
+
+
+def _check_dims(name: str, tensor: Tensor, dims: int, layout: str) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected {layout}, got shape {tuple(tensor.shape)}")
+
+
+def _check_vector(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> None:
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], packed: bool) -> None:
+    if packed:
+        raise ValueError(f"{name}: not possible with cu_seqlens_q; mask by lengths and window")
+    sizes = tuple(tensor.shape)
+    if len(sizes) > 4 or any(
+        size not in (1, whole) for size, whole in zip(sizes[::-1], full[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to (batch, heads, seqlen_q, seqlen_k) = "
+            f"{full}, got {sizes}"
+        )

@@ -1,0 +1,67 @@
+"""What every op shares: when an eager call may skip torch's dispatcher, and autocast."""
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors outside of every trace, transform and dispatch mode.
+
+    A call on such tensors goes straight to its kernel; any other goes through
+    ``torch.ops.fastattn``, which tracing, fake tensors, subclasses and transforms understand.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and _functorch_level() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see a call on these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype (float64 stays); call only where autocast is enabled."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+        for t in tensors
+    )
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """`seed` as the int64 tensor of one element that kernels read."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"seed: expected an int or an int64 tensor of one element, "
+                f"got {seed.dtype} of shape {tuple(seed.shape)}"
+            )
+        return seed.reshape(1).to(device)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 <= seed < 2^63, got {seed}")
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise unless ``0 <= dropout_p < 1``."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
