@@ -1,8 +1,8 @@
 """fastattn: hand-written fused attention, softmax and FFN kernels for PyTorch."""
 
 from fastattn.dispatch import BackendError, explain, use_backend
-from fastattn.ops import attention
+from fastattn.ops import attention, ffn, gated_ffn, softmax
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "attention", "explain", "use_backend"]
+__all__ = ["BackendError", "attention", "explain", "ffn", "gated_ffn", "softmax", "use_backend"]

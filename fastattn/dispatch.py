@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -61,6 +61,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def backward_backend(forced: str | None) -> AbstractContextManager[None]:
+    """The context in which a backward runs whose forward ran with `forced` in force."""
+    return nullcontext() if forced is None else use_backend(forced)
 
 
 def select(problem: Any) -> ModuleType:

@@ -1,5 +1,7 @@
 """The operators: one file an op, from public function to torch.library registration."""
 
 from fastattn.ops.attention import attention
+from fastattn.ops.ffn import ffn, gated_ffn
+from fastattn.ops.softmax import softmax
 
-__all__ = ["attention"]
+__all__ = ["attention", "ffn", "gated_ffn", "softmax"]

@@ -141,12 +141,6 @@ def _longest(
     return max_seqlen_q, max_seqlen_k
 
 
-def _four_dims(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor.dim() == 4:
-        return tensor
-    return tensor[(None,) * (4 - tensor.dim())]
-
-
 def _empty_outputs(t: AttentionTensors) -> tuple[Tensor, Tensor]:
     """Uninitialised out and lse in the layout that every backend gives them."""
     q, head_dim_v = t.q, t.v.shape[-1]
@@ -195,7 +189,7 @@ def _fwd(
         max_seqlen_q, max_seqlen_k, deterministic,
     )  # fmt: skip
     if mask is not None or bias is not None:
-        t = t._replace(mask=_four_dims(mask), bias=_four_dims(bias))
+        t = t._replace(mask=common.as_rank(mask, 4), bias=common.as_rank(bias, 4))
     return dispatch.select(problem).attention_fwd(problem, t)
 
 
@@ -226,6 +220,7 @@ def _bwd(
     max_seqlen_q: int,
     max_seqlen_k: int,
     deterministic: bool,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     t = AttentionTensors(
         q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
@@ -233,13 +228,13 @@ def _bwd(
     )  # fmt: skip
     problem = attention_problem.problem(
         "attention_bwd", t, softmax_scale, window_left, window_right, offset, softcap, dropout_p,
-        max_seqlen_q, max_seqlen_k, deterministic,
+        max_seqlen_q, max_seqlen_k, deterministic, bias_grad,
     )  # fmt: skip
     if mask is not None or bias is not None:
-        t = t._replace(mask=_four_dims(mask), bias=_four_dims(bias))
+        t = t._replace(mask=common.as_rank(mask, 4), bias=common.as_rank(bias, 4))
     backend = dispatch.select(problem)
     dq, dk, dv, dbias, dsinks = backend.attention_bwd(problem, t, out, lse, dout, dlse)
-    if bias is not None and dbias is not None:
+    if dbias is not None:
         dbias = dbias.reshape(bias.shape)
     return dq, dk, dv, dbias, dsinks
 
@@ -256,7 +251,8 @@ def _bwd_library(*args):
 
 
 def _bwd_meta(dout, dlse, out, lse, q, k, v, *rest):
-    bias, sinks = rest[1], rest[3]
+    bias = rest[1] if rest[-1] else None
+    sinks = rest[3]
     return tuple(
         q.new_empty(0) if tensor is None else torch.empty_like(tensor)
         for tensor in (q, k, v, bias, sinks)
@@ -276,9 +272,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        if ctx.forced_backend is None:
-            return _backward(ctx, dout, dlse, _bwd)
-        with dispatch.use_backend(ctx.forced_backend):
+        with dispatch.backward_backend(ctx.forced_backend):
             return _backward(ctx, dout, dlse, _bwd)
 
 
@@ -295,7 +289,9 @@ def _backward(ctx, dout, dlse, bwd):
         if dlse is None:
             return (None,) * 22
         dout = torch.zeros_like(out)
-    dq, dk, dv, dbias, dsinks = bwd(dout, dlse, out, lse, *tensors, *ctx.scalars)
+    dq, dk, dv, dbias, dsinks = bwd(
+        dout, dlse, out, lse, *tensors, *ctx.scalars, ctx.needs_input_grad[4]
+    )
     if not ctx.needs_input_grad[4]:
         dbias = None
     if not ctx.needs_input_grad[6]:
@@ -314,6 +310,6 @@ _bwd_op = torch.library.custom_op(
     "fastattn::attention_bwd",
     _bwd_library,
     mutates_args=(),
-    schema=torch.library.infer_schema(_bwd, mutates_args=()),
+    schema=common.schema(_bwd, returns=5),
 )
 _bwd_op.register_fake(_bwd_meta)

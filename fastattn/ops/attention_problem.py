@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops import common
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -31,6 +33,7 @@ class AttentionProblem(NamedTuple):
     offset_tensor: bool
     mask: bool
     bias: torch.dtype | None
+    bias_grad: bool
     alibi: bool
     sinks: bool
     seqlens_k: bool
@@ -72,6 +75,7 @@ def problem(
     max_seqlen_q: int,
     max_seqlen_k: int,
     deterministic: bool,
+    bias_grad: bool = False,
 ) -> AttentionProblem:
     """The call's problem; a call like an earlier one is not checked again."""
     q, k, v = t[:3]
@@ -88,7 +92,7 @@ def problem(
             return known
     checked = check(
         op, t, softmax_scale, left, right, offset, softcap, dropout_p,
-        max_seqlen_q, max_seqlen_k, deterministic,
+        max_seqlen_q, max_seqlen_k, deterministic, bias_grad,
     )  # fmt: skip
     if key is not None:
         if len(_checked) >= _CHECKED_LIMIT:
@@ -109,6 +113,7 @@ def check(
     max_seqlen_q: int,
     max_seqlen_k: int,
     deterministic: bool,
+    bias_grad: bool = False,
 ) -> AttentionProblem:
     q, k, v = t.q, t.k, t.v
     packed = t.cu_seqlens_q is not None
@@ -171,12 +176,15 @@ def check(
         shape = (heads,) if t.alibi_slopes.dim() == 1 else (batch, heads)
         _check_vector("alibi_slopes", t.alibi_slopes, torch.float32, shape)
     full = (batch, heads, seqlen_q, seqlen_k)
+    for name, tensor in (("mask", t.mask), ("bias", t.bias)):
+        if packed and tensor is not None:
+            raise ValueError(f"{name}: not possible with cu_seqlens_q; mask by lengths and window")
     if t.mask is not None:
         if t.mask.dtype != torch.bool:
             raise TypeError(f"mask: expected torch.bool (True = take part), got {t.mask.dtype}")
-        _check_broadcast("mask", t.mask, full, packed)
+        common.check_broadcast("mask", t.mask, full)
     if t.bias is not None:
-        _check_broadcast("bias", t.bias, full, packed)
+        common.check_broadcast("bias", t.bias, full)
     return AttentionProblem(
         op=op,
         device=q.device.type,
@@ -198,6 +206,7 @@ def check(
         offset_tensor=t.offset is not None,
         mask=t.mask is not None,
         bias=None if t.bias is None else t.bias.dtype,
+        bias_grad=bias_grad,
         alibi=t.alibi_slopes is not None,
         sinks=t.sinks is not None,
         seqlens_k=t.seqlens_k is not None,
@@ -231,16 +240,3 @@ def _check_vector(
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-
-
-def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...], packed: bool) -> None:
-    if packed:
-        raise ValueError(f"{name}: not possible with cu_seqlens_q; mask by lengths and window")
-    sizes = tuple(tensor.shape)
-    if len(sizes) > 4 or any(
-        size not in (1, whole) for size, whole in zip(sizes[::-1], full[::-1], strict=False)
-    ):
-        raise ValueError(
-            f"{name}: expected a shape broadcastable to (batch, heads, seqlen_q, seqlen_k) = "
-            f"{full}, got {sizes}"
-        )

@@ -1,5 +1,8 @@
 """What every op shares: when an eager call may skip torch's dispatcher, and autocast."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,3 +68,37 @@ def check_tensor(name: str, value: object) -> None:
     """Raise unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...]) -> None:
+    """Raise unless `tensor` broadcasts to the shape `full`."""
+    sizes = tuple(tensor.shape)
+    if len(sizes) > len(full) or any(
+        size not in (1, whole) for size, whole in zip(sizes[::-1], full[::-1], strict=False)
+    ):
+        raise ValueError(f"{name}: expected a shape broadcastable to {full}, got {sizes}")
+
+
+def as_rank(tensor: Tensor | None, rank: int) -> Tensor | None:
+    """`tensor` with leading dims of size 1 up to `rank`."""
+    if tensor is None or tensor.dim() == rank:
+        return tensor
+    return tensor[(None,) * (rank - tensor.dim())]
+
+
+def schema(fn: Callable, returns: int) -> str:
+    """The torch.library schema of `fn`'s arguments, with `returns` tensors as its result.
+
+    Operators return tensors only: where `fn` may return None, they return an empty one.
+    """
+    arguments = torch.library.infer_schema(_returning_tensor(fn), mutates_args=())
+    results = ", ".join(["Tensor"] * returns)
+    return f"{arguments.rsplit('->', 1)[0]}-> ({results})"
+
+
+def _returning_tensor(fn: Callable) -> Callable:
+    def declared():
+        raise NotImplementedError
+
+    declared.__signature__ = inspect.signature(fn).replace(return_annotation=Tensor)
+    return declared
