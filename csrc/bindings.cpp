@@ -1,0 +1,45 @@
+#include "bindings/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "isa.h"
+
+namespace fastattn {
+namespace {
+
+#ifdef __clang__
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+#ifdef FASTATTN_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+}  // namespace
+}  // namespace fastattn
+
+PYBIND11_MODULE(_C, m) {
+    using namespace fastattn;
+    m.doc() = "fastattn's native kernels, on raw pointers, sizes and strides.";
+
+    py::enum_<DType>(m, "DType")
+        .value("float32", DType::float32)
+        .value("float16", DType::float16)
+        .value("bfloat16", DType::bfloat16);
+
+    m.def("isas", &isas_built, "Instruction sets that the kernels were compiled for.");
+    m.def("isas_available", &isas_available, "Those of isas() that this processor runs.");
+    m.def("isa", &isa, "The instruction set in use.");
+    m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on.");
+
+    // Fails the import, with its message, when FASTATTN_ISA names a set that cannot run.
+    isa();
+
+    m.attr("__version__") = FASTATTN_VERSION;
+    m.attr("compiler") = kCompiler;
+    m.attr("cuda") = kCuda;
+}

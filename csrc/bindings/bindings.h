@@ -1,0 +1,10 @@
+// One bind_<op> per op, defined in bindings/<op>.cpp and called by bindings.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastattn {
+
+namespace py = pybind11;
+
+}  // namespace fastattn

@@ -1,0 +1,21 @@
+// The table of kernels that each instruction set fills (kernels.cpp). An op adds the include of its
+// argument structs and one member per function here, and its two lines in kernels.cpp.
+#pragma once
+
+#include "cpu/dtype.h"
+
+namespace fastattn {
+
+struct Kernels {
+    int64_t vector_bytes;
+};
+
+// clang-format off
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
+namespace neon { extern const Kernels kernels; }
+// clang-format on
+
+}  // namespace fastattn
