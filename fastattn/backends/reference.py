@@ -4,6 +4,7 @@ Runs on any device and in float64; half precisions compute in float32. Memory is
 sequence length.
 """
 
+import functools
 import math
 
 import torch
@@ -19,10 +20,22 @@ def unsupported(problem) -> list[str]:
     return []
 
 
+def _without_autocast(fn):
+    """Keep autocast from rounding the intermediate products of `fn`."""
+
+    @functools.wraps(fn)
+    def run(problem, *args):
+        with torch.autocast(problem.device, enabled=False):
+            return fn(problem, *args)
+
+    return run
+
+
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@_without_autocast
 def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of attention (see `fastattn.attention`)."""
     if not problem.packed:
@@ -37,20 +50,19 @@ def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+@_without_autocast
 def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sinks, absent ones None."""
     if not problem.packed:
         if not problem.page_size:
-            return _dense_bwd(problem, t, lse, dout, dlse, 0)
-        paged = _dense_bwd(problem, _unpaged(t), lse, dout, dlse, 0)
+            return _dense_bwd(problem, t, dout, dlse, 0)
+        paged = _dense_bwd(problem, _unpaged(t), dout, dlse, 0)
         return _paged_grads(t, *paged)
     dq, dk, dv = (torch.zeros_like(tensor) for tensor in t[:3])
     dsinks = None if t.sinks is None else torch.zeros_like(t.sinks)
     for index, (rows, columns, sequence) in enumerate(_sequences(t)):
         one_dlse = None if dlse is None else dlse[None, :, rows]
-        grads = _dense_bwd(
-            problem, sequence, lse[None, :, rows], _batched(dout[rows]), one_dlse, index
-        )
+        grads = _dense_bwd(problem, sequence, _batched(dout[rows]), one_dlse, index)
         if columns is None:
             grads = _paged_grads(t._replace(block_table=t.block_table[index, None]), *grads)
             dk, dv = dk + grads[1], dv + grads[2]
@@ -64,20 +76,19 @@ def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]
 
 def _dense_fwd(problem, t, first_batch: int) -> tuple[Tensor, Tensor]:
     scores, _ = _scores(problem, t)
-    with_sink = scores
-    if t.sinks is not None:
-        sinks = t.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        with_sink = torch.cat([scores, sinks], -1)
-    lse = torch.logsumexp(with_sink, -1)
-    p, keep = _probabilities(problem, t, scores, lse, first_batch)
-    out = (p if keep is None else p * keep) @ _per_query_head(t.v, problem.heads, scores.dtype)
+    p, _, lse = _softmax(problem, t, scores)
+    if problem.dropout_p:
+        p = p * _attention_dropout(problem, t, p, first_batch)
+    out = p @ _per_query_head(t.v, problem.heads, scores.dtype)
     return out.to(t.q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-def _dense_bwd(problem, t, lse, dout, dlse, first_batch: int) -> tuple[Tensor | None, ...]:
+def _dense_bwd(problem, t, dout, dlse, first_batch: int) -> tuple[Tensor | None, ...]:
     scores, cap_slope = _scores(problem, t)
     dtype, heads = scores.dtype, problem.heads
-    p, keep = _probabilities(problem, t, scores, lse, first_batch)
+    # Not exp(scores - lse): lse is rounded at the size of the scores, which may be large.
+    p, p_sink, _ = _softmax(problem, t, scores)
+    keep = _attention_dropout(problem, t, p, first_batch) if problem.dropout_p else None
     dout = dout.to(dtype)
     dp = dout @ _per_query_head(t.v, heads, dtype).mT
     p_kept = p
@@ -91,8 +102,6 @@ def _dense_bwd(problem, t, lse, dout, dlse, first_batch: int) -> tuple[Tensor | 
     if problem.bias_grad:
         dbias = dscores.sum_to_size(*t.bias.shape).to(t.bias.dtype)
     if t.sinks is not None:
-        p_sink = torch.exp(t.sinks.view(1, -1, 1) - lse)
-        p_sink = torch.where(torch.isneginf(lse), 0.0, p_sink)
         dsinks = -(p_sink * delta).sum((0, 2)).to(t.sinks.dtype)
     if cap_slope is not None:
         dscores = dscores * cap_slope
@@ -207,14 +216,22 @@ def _visible(problem, t, distance: Tensor) -> Tensor | None:
     return visible
 
 
-def _probabilities(problem, t, scores: Tensor, lse: Tensor, first_batch: int):
-    """softmax(scores), 0 in rows that see no key, and dropout's factor of each weight."""
-    lse = lse[..., None]
-    p = torch.where(torch.isneginf(lse), 0.0, torch.exp(scores - lse))
-    if not problem.dropout_p:
-        return p, None
-    batch, heads, seqlen_q, seqlen_k = scores.shape
-    device = scores.device
+def _softmax(problem, t, scores: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weights of the keys and of the sink (None without), 0 in rows that see none, and lse."""
+    if t.sinks is not None:
+        sinks = t.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.where(torch.isneginf(lse)[..., None], 0.0, torch.softmax(scores, -1))
+    if t.sinks is None:
+        return p, None, lse
+    return p[..., :-1], p[..., -1], lse
+
+
+def _attention_dropout(problem, t, p: Tensor, first_batch: int) -> Tensor:
+    """0 where a weight is dropped, else 1 / (1 - dropout_p)."""
+    batch, heads, seqlen_q, seqlen_k = p.shape
+    device = p.device
     keep = philox.keep_mask(
         t.seed,
         problem.dropout_p,
@@ -223,9 +240,10 @@ def _probabilities(problem, t, scores: Tensor, lse: Tensor, first_batch: int):
         torch.arange(heads, device=device).view(1, -1, 1),
         torch.arange(first_batch, first_batch + batch, device=device).view(-1, 1, 1),
     )
-    return p, keep.to(scores.dtype) / (1 - problem.dropout_p)
+    return keep.to(p.dtype) / (1 - problem.dropout_p)
 
 
+@_without_autocast
 def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
     """The softmax and, with dropout, the weights before it (see `fastattn.softmax`)."""
     dtype = _accumulate_dtype(t.x.dtype)
@@ -238,16 +256,16 @@ def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
         visible = lower if visible is None else visible & lower
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    lse = torch.logsumexp(scores, -1, keepdim=True)
-    hidden_row = torch.isneginf(lse)
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
     if problem.log:
-        return torch.where(hidden_row, -math.inf, scores - lse).to(t.x.dtype), None
-    p = torch.where(hidden_row, 0.0, torch.exp(scores - lse))
+        return torch.where(empty, -math.inf, torch.log_softmax(scores, -1)).to(t.x.dtype), None
+    p = torch.where(empty, 0.0, torch.softmax(scores, -1))
     if not problem.dropout_p:
         return p.to(t.x.dtype), None
     return (p * _dropout_factor(problem, t.seed, p)).to(t.x.dtype), p.to(t.x.dtype)
 
 
+@_without_autocast
 def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and bias from the weights before dropout (from the result with log)."""
     dtype = _accumulate_dtype(t.x.dtype)
@@ -275,6 +293,7 @@ def _dropout_factor(problem, seed: Tensor, matrix: Tensor) -> Tensor:
     return keep.view(matrix.shape).to(matrix.dtype) / (1 - problem.dropout_p)
 
 
+@_without_autocast
 def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The output, and what `save` keeps of preact and hidden (see `fastattn.ffn`)."""
     dtype = _accumulate_dtype(t.x.dtype)
@@ -290,6 +309,7 @@ def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
 
 
+@_without_autocast
 def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w_up, w2 and b2, None where absent or not asked for."""
     dtype = _accumulate_dtype(t.x.dtype)

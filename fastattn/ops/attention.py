@@ -88,7 +88,7 @@ def attention(
         if not isinstance(value, Tensor):
             common.check_tensor(name, value)
     device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
+    if common.autocast_enabled(device_type):
         q, k, v = common.autocast(device_type, q, k, v)
     left, right = window
     if causal:

@@ -35,6 +35,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether the caller is inside ``torch.autocast`` for this device type."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype (float64 stays); call only where autocast is enabled."""
     dtype = torch.get_autocast_dtype(device_type)

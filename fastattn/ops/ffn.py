@@ -117,7 +117,7 @@ def _call(x, w1, b1, w_up, w2, b2, activation, dropout_p, seed, save) -> Tensor:
     if save not in SAVES:
         raise ValueError(f"save: expected one of {', '.join(SAVES)}, got {save!r}")
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if common.autocast_enabled(device_type):
         x, w1, b1, w_up, w2, b2 = common.autocast(device_type, x, w1, b1, w_up, w2, b2)
     if dropout_p:
         common.check_dropout(dropout_p)

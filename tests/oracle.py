@@ -1,0 +1,139 @@
+"""Straightforward float64 formulas, written apart from the package, that the ops are held to."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastattn import philox
+
+
+def attention(q, k, v, *, softmax_scale=None, causal=False, window=(None, None), offset=0,
+              mask=None, bias=None, alibi_slopes=None, softcap=None, sinks=None, dropout_p=0.0,
+              seed=None, seqlens_k=None, first_batch=0, **_):  # fmt: skip
+    """(out, lse) of dense attention in the dtype of q, differentiable."""
+    batch, heads, seqlen_q, head_dim = q.shape
+    group = heads // max(k.shape[1], 1)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = max(head_dim, 1) ** -0.5 if softmax_scale is None else softmax_scale
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    rows = torch.arange(seqlen_q)[:, None]
+    columns = torch.arange(k.shape[2])[None, :]
+    if isinstance(offset, Tensor):
+        offset = offset.long().view(-1, 1, 1, 1)
+    center = rows + offset
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores).reshape(-1, heads, 1, 1)
+        scores = scores - slopes * (center - columns).abs()
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    left, right = window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if left is not None:
+        seen = seen & (columns >= center - left)
+    if right is not None:
+        seen = seen & (columns <= center + right)
+    if mask is not None:
+        seen = seen & mask
+    if seqlens_k is not None:
+        seen = seen & (columns < seqlens_k.long().view(-1, 1, 1, 1))
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    p = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1)
+    lse = lse.masked_fill(empty[..., 0], -math.inf)
+    if sinks is not None:
+        p = p[..., :-1]
+    if dropout_p:
+        p = p * dropout_factor(seed, dropout_p, p.shape, first_batch)
+    return torch.einsum("bhij,bhjd->bhid", p.to(v.dtype), v), lse
+
+
+def dropout_factor(seed: int, dropout_p: float, shape, first_batch: int = 0) -> Tensor:
+    """Dropout's factor of each attention weight (batch, heads, seqlen_q, seqlen_k)."""
+    batch, heads, seqlen_q, seqlen_k = shape
+    keep = philox.keep_mask(
+        torch.tensor([seed]),
+        dropout_p,
+        torch.arange(seqlen_q).view(1, 1, -1),
+        seqlen_k,
+        torch.arange(heads).view(1, -1, 1),
+        torch.arange(first_batch, first_batch + batch).view(-1, 1, 1),
+    )
+    return keep.double() / (1 - dropout_p)
+
+
+def matrix_dropout_factor(seed: int, dropout_p: float, shape) -> Tensor:
+    """Dropout's factor of each element of a matrix (..., rows, columns)."""
+    row = torch.arange(math.prod(shape[:-1]))
+    keep = philox.keep_mask(torch.tensor([seed]), dropout_p, row, shape[-1], row * 0, row * 0)
+    return keep.view(shape).double() / (1 - dropout_p)
+
+
+def softmax(x, *, scale=1.0, mask=None, bias=None, causal=False, dropout_p=0.0, seed=None,
+            log=False):  # fmt: skip
+    """Softmax in the dtype of x, differentiable."""
+    scores = x * scale
+    if bias is not None:
+        scores = scores + bias
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    if causal:
+        seen = seen & torch.ones(x.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        seen = seen & mask
+    scores = scores.masked_fill(~seen, -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    filled = scores.masked_fill(empty, 0.0)
+    if log:
+        return torch.log_softmax(filled, -1).masked_fill(empty | ~seen, -math.inf)
+    p = torch.softmax(filled, -1).masked_fill(empty, 0.0)
+    return p * matrix_dropout_factor(seed, dropout_p, x.shape).to(p) if dropout_p else p
+
+
+ACTIVATIONS = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+def ffn(x, w1, b1, w2, b2, *, activation="relu", dropout_p=0.0, seed=None, **_):
+    """The plain feed-forward network in the dtype of x, differentiable."""
+    hidden = ACTIVATIONS[activation](torch.nn.functional.linear(x, w1, b1))
+    if dropout_p:
+        hidden = hidden * matrix_dropout_factor(seed, dropout_p, hidden.shape).to(hidden)
+    return torch.nn.functional.linear(hidden, w2, b2)
+
+
+def gated_ffn(x, w_gate, w_up, w_down, *, activation="silu", **_):
+    """The gated feed-forward network in the dtype of x, differentiable."""
+    linear = torch.nn.functional.linear
+    return linear(ACTIVATIONS[activation](linear(x, w_gate)) * linear(x, w_up), w_down)
+
+
+def check_close(name, got, exact, rounded, dtype, slack=2.0):
+    """`got` is no further from `exact` (float64) than `slack` times the same formula rounded.
+
+    `rounded` is a plain PyTorch evaluation in `dtype`; where it happens to be (nearly) exact, a
+    few units in the last place of the largest element are allowed.
+    """
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)} != {tuple(exact.shape)}"
+    got, exact, rounded = got.detach().double(), exact.detach(), rounded.detach().double()
+    infinite = torch.isinf(exact)
+    assert torch.equal(got[infinite], exact[infinite]), f"{name}: infinities differ"
+    assert not torch.isnan(got).any(), f"{name}: NaN"
+    finite = ~infinite
+    if not finite.any():
+        return
+    got, exact, rounded = got[finite], exact[finite], rounded[finite]
+    error = (got - exact).abs().max().item()
+    own = (rounded - exact).abs().nan_to_num(0.0).max().item()
+    floor = 4 * torch.finfo(dtype).eps * max(exact.abs().max().item(), 1e-3)
+    assert error <= slack * own + floor, f"{name}: error {error:.3g}, rounded {own:.3g}"
