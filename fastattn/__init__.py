@@ -1,8 +1,19 @@
 """fastattn: hand-written fused attention, softmax and FFN kernels for PyTorch."""
 
 from fastattn.dispatch import BackendError, explain, use_backend
+from fastattn.nn.accelerate import accelerate, restore
 from fastattn.ops import attention, ffn, gated_ffn, softmax
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "attention", "explain", "ffn", "gated_ffn", "softmax", "use_backend"]
+__all__ = [
+    "BackendError",
+    "accelerate",
+    "attention",
+    "explain",
+    "ffn",
+    "gated_ffn",
+    "restore",
+    "softmax",
+    "use_backend",
+]

@@ -1,0 +1,13 @@
+"""Layers: drop-in replacements of torch.nn's, and feed-forward networks."""
+
+from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
+from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+
+__all__ = [
+    "FeedForward",
+    "GatedFeedForward",
+    "MultiheadAttention",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+]

@@ -1,0 +1,182 @@
+"""Position-wise feed-forward networks (Vaswani et al. 2017, section 3.3), plain and gated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastattn.ops import ffn, gated_ffn
+
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+_NAMED: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_MODULES: dict[type, Callable[[Any], str | None]] = {
+    nn.ReLU: lambda module: "relu",
+    nn.SiLU: lambda module: "silu",
+    nn.GELU: lambda module: _GELUS.get(module.approximate),
+}
+
+
+def feed_forward(
+    x: Tensor,
+    linear1: nn.Module,
+    activation: Callable[[Tensor], Tensor],
+    dropout: nn.Module,
+    linear2: nn.Module,
+) -> Tensor:
+    """``linear2(dropout(activation(linear1(x))))``, in one `fastattn.ffn` where that is the same.
+
+    It is where the modules are torch's own Linear and Dropout, not subclassed, parametrized,
+    quantised or hooked, and the activation is one that the op knows; otherwise each is called.
+    """
+    known = activation_name(activation)
+    if (
+        known is not None
+        and type(dropout) is nn.Dropout
+        and _plain(linear1, linear2)
+        and not _hooked(dropout)
+        and not x.is_nested
+    ):
+        dropout_p = dropout.p if dropout.training else 0.0
+        if dropout_p < 1.0:
+            return ffn(
+                x,
+                linear1.weight,
+                linear1.bias,
+                linear2.weight,
+                linear2.bias,
+                activation=known,
+                dropout_p=dropout_p,
+            )
+    return linear2(dropout(activation(linear1(x))))
+
+
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name under which the ops know `activation`, None if they don't."""
+    if isinstance(activation, nn.Module):
+        name = _MODULES.get(type(activation))
+        return None if name is None or _hooked(activation) else name(activation)
+    for function, known in _FUNCTIONS.items():
+        if activation is function:
+            return known
+    return None
+
+
+def _plain(*linears: nn.Module) -> bool:
+    """Whether these are torch's own Linear whose weights are all that there is to them."""
+    return all(type(linear) is nn.Linear for linear in linears) and not _hooked(*linears)
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of `modules` does more than run its forward."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _make_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    if not isinstance(activation, str):
+        return activation
+    if activation not in _NAMED:
+        raise ValueError(
+            f"activation: expected one of {', '.join(_NAMED)} or a callable, got {activation!r}"
+        )
+    return _NAMED[activation]()
+
+
+class FeedForward(nn.Module):
+    """``linear2(dropout(activation(linear1(x))))`` in one fused op.
+
+    The state dict is that of the feed-forward half of `torch.nn.TransformerEncoderLayer`:
+    ``linear1.weight (d_ff, d_model)``, ``linear2.weight (d_model, d_ff)``, and their biases.
+
+    Args:
+        d_model: size of input and output.
+        d_ff: size of the hidden layer.
+        dropout: probability of dropping a hidden element in training.
+        activation: "relu", "gelu" (by erf), "gelu_tanh", "silu", or any callable, which is fused
+            if it is one of torch's for these.
+        bias: learn additive biases.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        dropout: float = 0.0,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.activation = _make_activation(activation)
+        self.linear1 = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d_model)`` to ``(..., d_model)``."""
+        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
+
+
+class GatedFeedForward(nn.Module):
+    """``down_proj(activation(gate_proj(x)) * up_proj(x))`` in one fused op (Shazeer 2020).
+
+    The state dict has the names of Llama's: ``gate_proj.weight`` and ``up_proj.weight``
+    ``(d_ff, d_model)``, ``down_proj.weight (d_model, d_ff)``.
+
+    Args:
+        d_model: size of input and output.
+        d_ff: size of the hidden layer.
+        activation: of the gate: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "relu" (ReGLU),
+            or any callable, which is fused if it is one of torch's for these.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str | Callable[[Tensor], Tensor] = "silu",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.activation = _make_activation(activation)
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d_model)`` to ``(..., d_model)``."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        known = activation_name(self.activation)
+        if known is not None and _plain(gate, up, down):
+            return gated_ffn(x, gate.weight, up.weight, down.weight, activation=known)
+        return down(self.activation(gate(x)) * up(x))

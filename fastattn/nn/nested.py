@@ -1,0 +1,25 @@
+"""Nested tensors, which torch.nn.TransformerEncoder makes of padded batches, as packed ones."""
+
+import torch
+from torch import Tensor
+
+
+def pack(nested: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The tokens ``(total, d_model)``, their cu_seqlens int32 ``(batch + 1,)``, and max_seqlen."""
+    sizes = nested._nested_tensor_size()
+    lengths = sizes[:, 0]
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, out=cu_seqlens[1:])
+    values = nested.contiguous().values().view(-1, nested.size(-1))
+    return values, cu_seqlens.to(values.device), int(lengths.max())
+
+
+def unpack(values: Tensor, like: Tensor) -> Tensor:
+    """The nested tensor of the sequence lengths of `like` with tokens ``(total, d_model)``."""
+    like = like.contiguous()
+    return torch._nested_view_from_buffer(
+        values.reshape(-1),
+        like._nested_tensor_size(),
+        like._nested_tensor_strides(),
+        like._nested_tensor_storage_offsets(),
+    )

@@ -1,0 +1,90 @@
+"""Transformer encoder and decoder layers (Vaswani et al. 2017) under torch.nn's interface."""
+
+import torch
+from torch import Tensor
+
+from fastattn.nn import nested
+from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.feed_forward import feed_forward
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on `fastattn.attention` and `fastattn.ffn`.
+
+    Constructor, parameters, state dict, and the arguments of `forward` and their meaning are
+    torch's, and so is the start value of each parameter for a seed. What differs, on purpose, is
+    what differs in `MultiheadAttention`, and:
+
+    - Its modules are called in evaluation too, each one's hooks included, where torch's fast path
+      reads their parameters.
+    - A sequence with every token padded comes out finite.
+    - A nested tensor may also be in training, and may have any number of heads.
+
+    `linear1`, the activation, `dropout` and `linear2` run as one op where they are torch's own,
+    without hooks; otherwise they are called one by one.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attn.__class__ = MultiheadAttention
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """One layer of the encoder.
+
+        Args:
+            src: ``(seqlen, batch, d_model)``, with `batch_first` ``(batch, seqlen, d_model)``,
+                unbatched ``(seqlen, d_model)``, or nested without masks.
+            src_mask: `attn_mask` of `MultiheadAttention`.
+            src_key_padding_mask: its `key_padding_mask`.
+            is_causal: promises that `src_mask` is causal.
+
+        Returns:
+            Tensor of the shape of `src`.
+
+        Raises:
+            RuntimeError: `is_causal` without `src_mask`.
+            ValueError, TypeError: an argument has the wrong shape or dtype.
+        """
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout2(_feed_forward(self, x))
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on `fastattn.attention` and `fastattn.ffn`.
+
+    Constructor, parameters, state dict, and the arguments of `forward` and their meaning are
+    torch's, and so is the start value of each parameter for a seed. What differs, on purpose, is
+    what differs in `MultiheadAttention`.
+
+    `linear1`, the activation, `dropout` and `linear2` run as one op where they are torch's own,
+    without hooks; otherwise they are called one by one.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attn.__class__ = MultiheadAttention
+        self.multihead_attn.__class__ = MultiheadAttention
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(_feed_forward(self, x))
+
+
+def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    args = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
+    if not x.is_nested:
+        return feed_forward(x, *args)
+    values, _, _ = nested.pack(x)
+    return nested.unpack(feed_forward(values, *args), x)
