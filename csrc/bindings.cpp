@@ -8,9 +8,11 @@ namespace fastattn {
 namespace {
 
 #ifdef __clang__
-constexpr const char* kCompiler = "clang " __clang_version__;
+const std::string kCompiler =
+    "clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__);
 #else
-constexpr const char* kCompiler = "gcc " __VERSION__;
+const std::string kCompiler =
+    "gcc " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__);
 #endif
 
 #ifdef FASTATTN_CUDA
@@ -31,8 +33,8 @@ PYBIND11_MODULE(_C, m) {
         .value("float16", DType::float16)
         .value("bfloat16", DType::bfloat16);
 
-    m.def("isas", &isas_built, "Instruction sets that the kernels were compiled for.");
-    m.def("isas_available", &isas_available, "Those of isas() that this processor runs.");
+    m.def("isas", &isas, "Instruction sets that the kernels were compiled for.");
+    m.def("available_isas", &available_isas, "Those of isas() that this processor runs.");
     m.def("isa", &isa, "The instruction set in use.");
     m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on.");
 

@@ -85,10 +85,10 @@ const InstructionSet* find(const std::string& name, const std::string& argument)
         if (set.available()) return &set;
         throw std::invalid_argument(argument + "=" + name +
                                     ": this processor does not run that instruction set; it runs " +
-                                    joined(isas_available()));
+                                    joined(available_isas()));
     }
-    throw std::invalid_argument(argument + " must be one of " + joined(isas_built()) + ", got '" +
-                                name + "'");
+    throw std::invalid_argument(argument + " must be one of " + joined(isas()) + ", got '" + name +
+                                "'");
 }
 
 const InstructionSet* choose() {
@@ -108,13 +108,13 @@ std::atomic<const InstructionSet*>& selected() {
 
 }  // namespace
 
-std::vector<std::string> isas_built() {
+std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const InstructionSet& set : kSets) names.emplace_back(set.name);
     return names;
 }
 
-std::vector<std::string> isas_available() {
+std::vector<std::string> available_isas() {
     std::vector<std::string> names;
     for (const InstructionSet& set : kSets) {
         if (set.available()) names.emplace_back(set.name);

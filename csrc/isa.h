@@ -8,8 +8,8 @@
 
 namespace fastattn {
 
-std::vector<std::string> isas_built();
-std::vector<std::string> isas_available();
+std::vector<std::string> isas();
+std::vector<std::string> available_isas();
 std::string isa();
 
 // Throws std::invalid_argument when the set is unknown, not built, or not run by this processor.

@@ -24,16 +24,14 @@
 #define FASTATTN_VECTOR_BYTES (FASTATTN_AVX512 ? 64 : FASTATTN_AVX2 ? 32 : 16)
 #endif
 
+// clang-format off
 #if FASTATTN_AVX2 && defined(__clang__)
 #if FASTATTN_AVX512_BF16
-#pragma clang attribute push( \
-    __attribute__(( \
-        target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
-    apply_to = function)
+#pragma clang attribute push(__attribute__((target( \
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
 #elif FASTATTN_AVX512
-#pragma clang attribute push( \
-    __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), \
-    apply_to = function)
+#pragma clang attribute push(__attribute__((target( \
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #endif
@@ -50,6 +48,7 @@
 #pragma GCC target("prefer-vector-width=512")
 #endif
 #endif
+// clang-format on
 
 namespace fastattn {
 namespace FASTATTN_ISA {
