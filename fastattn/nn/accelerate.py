@@ -6,6 +6,7 @@ references from elsewhere, state dicts and wrappers around the model don't notic
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Report:
+class Report(AbstractContextManager["Report"]):
     """What `accelerate` did to a model; prints as a table, and undoes it as a context manager.
 
     Attributes:
@@ -56,9 +57,6 @@ class Report:
     def restore(self) -> None:
         """Give every layer that this report swapped its class back."""
         _restore(entry.module for entry in self.swapped)
-
-    def __enter__(self) -> "Report":
-        return self
 
     def __exit__(
         self,

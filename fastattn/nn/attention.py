@@ -115,7 +115,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             out = out.transpose(1, 2).reshape(batch, seqlen_q, self.embed_dim)
         out = self.out_proj(out)
-        if not need_weights:
+        if weights is None or not need_weights:
             return (out if batched else out[0]), None
         if average_attn_weights:
             weights = weights.mean(1)
@@ -149,21 +149,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Query, key and value in the heads' space; equal inputs share a product."""
         bias, embed_dim = self.in_proj_bias, self.embed_dim
         if not self._qkv_same_embed_dim:
-            biases = (None,) * 3 if bias is None else bias.split(embed_dim)
+            biases = [None] * 3 if bias is None else bias.split(embed_dim)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             return tuple(map(F.linear, (query, key, value), weights, biases))
         weight = self.in_proj_weight
         if query is key and key is value:
             return F.linear(query, weight, bias).split(embed_dim, -1)
         if key is value:
-            inputs, counts = (query, key), (1, 2)
+            inputs, sizes = [query, key], [embed_dim, 2 * embed_dim]
         elif query is key:
-            inputs, counts = (query, value), (2, 1)
+            inputs, sizes = [query, value], [2 * embed_dim, embed_dim]
         else:
-            inputs, counts = (query, key, value), (1, 1, 1)
-        sizes = [count * embed_dim for count in counts]
+            inputs, sizes = [query, key, value], [embed_dim] * 3
         weights = weight.split(sizes)
-        biases = (None,) * 3 if bias is None else bias.split(sizes)
+        biases = [None] * 3 if bias is None else bias.split(sizes)
         return tuple(
             part
             for x, w, b in zip(inputs, weights, biases, strict=False)

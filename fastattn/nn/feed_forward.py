@@ -27,15 +27,15 @@ _MODULES: dict[type, Callable[[Any], str | None]] = {
 
 def feed_forward(
     x: Tensor,
-    linear1: nn.Module,
+    linear1: nn.Linear,
     activation: Callable[[Tensor], Tensor],
-    dropout: nn.Module,
-    linear2: nn.Module,
+    dropout: nn.Dropout,
+    linear2: nn.Linear,
 ) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``, in one `fastattn.ffn` where that is the same.
 
-    It is where the modules are torch's own Linear and Dropout, not subclassed, parametrized,
-    quantised or hooked, and the activation is one that the op knows; otherwise each is called.
+    It is where the modules are what their annotations say, not subclassed, parametrized, quantised
+    or hooked, and the activation is one that the op knows; otherwise each is called.
     """
     known = activation_name(activation)
     if (

@@ -82,7 +82,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         return self.dropout3(_feed_forward(self, x))
 
 
-def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
+def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor) -> Tensor:
     args = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
     if not x.is_nested:
         return feed_forward(x, *args)
