@@ -11,7 +11,7 @@ try:
 except ImportError:
     _C = None
 
-_VARIANTS = ["reference"] + ([f"cpu-{isa}" for isa in _C.available_isas()] if _C else [])
+_VARIANTS = ["reference"] + ([f"cpu-{isa}" for isa in _C.isas_available()] if _C else [])
 
 
 @pytest.fixture(params=_VARIANTS)
