@@ -81,7 +81,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask[None]
         seq_first = batched and not self.batch_first
         self._check_shapes(query, key, value, seq_first)
-        q, k, v = (_heads(x, self.head_dim, seq_first) for x in self._project(query, key, value))
+        q, k, v = self._project(query, key, value)
+        if seq_first:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         batch, heads, seqlen_q, _ = q.shape
         seqlen_k = k.shape[2]
         if self.bias_k is not None or self.add_zero_attn:
@@ -132,7 +136,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "add_bias_kv and add_zero_attn"
             )
         values, cu_seqlens, max_seqlen = nested.pack(query)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self._project(*[values] * 3))
+        q, k, v = self._project(values, values, values)
         out = attention(
             q,
             k,
@@ -146,28 +150,33 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return nested.unpack(self.out_proj(out.flatten(1)), query)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value in the heads' space; equal inputs share a product."""
+        """Query, key and value as ``(..., heads, head_dim)``; equal inputs share a product."""
         bias, embed_dim = self.in_proj_bias, self.embed_dim
         if not self._qkv_same_embed_dim:
-            biases = [None] * 3 if bias is None else bias.split(embed_dim)
+            inputs, sizes = (query, key, value), [embed_dim] * 3
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return tuple(map(F.linear, (query, key, value), weights, biases))
-        weight = self.in_proj_weight
-        if query is key and key is value:
-            return F.linear(query, weight, bias).split(embed_dim, -1)
-        if key is value:
-            inputs, sizes = [query, key], [embed_dim, 2 * embed_dim]
-        elif query is key:
-            inputs, sizes = [query, value], [2 * embed_dim, embed_dim]
         else:
-            inputs, sizes = [query, key, value], [embed_dim] * 3
-        weights = weight.split(sizes)
+            if query is key and key is value:
+                return self._split_heads(F.linear(query, self.in_proj_weight, bias))
+            if key is value:
+                inputs, sizes = (query, key), [embed_dim, 2 * embed_dim]
+            elif query is key:
+                inputs, sizes = (query, value), [2 * embed_dim, embed_dim]
+            else:
+                inputs, sizes = (query, key, value), [embed_dim] * 3
+            weights = self.in_proj_weight.split(sizes)
         biases = [None] * 3 if bias is None else bias.split(sizes)
         return tuple(
             part
             for x, w, b in zip(inputs, weights, biases, strict=False)
-            for part in F.linear(x, w, b).split(embed_dim, -1)
+            for part in self._split_heads(F.linear(x, w, b))
         )
+
+    def _split_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        # Split before any transpose: the gradients then meet in one concatenation.
+        *leading, size = x.shape
+        x = x.view(*leading, size // self.head_dim, self.head_dim)
+        return x.split(self.num_heads, -2)
 
     def _with_extra_keys(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Keys or values (batch, heads, seqlen_k, head_dim) with the learned and the zero one."""
@@ -188,27 +197,30 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
 
     def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, seq_first: bool) -> None:
-        if query is not key or key is not value:
-            if not key.dim() == value.dim() == 3:
-                raise ValueError(f"key: expected 3 dims, got {key.dim()}, value {value.dim()}")
-            if key.shape[:2] != value.shape[:2]:
+        if query.dim() != 3 or query.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"query: expected 2 or 3 dims, the last {self.embed_dim}, "
+                f"got shape {tuple(query.shape)}"
+            )
+        if self._qkv_same_embed_dim and query is key and key is value:
+            return
+        for name, x, size in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() != 3 or x.shape[-1] != size:
                 raise ValueError(
-                    f"value: expected {tuple(key.shape[:2])} before the last dim as in key, "
-                    f"got {tuple(value.shape[:2])}"
+                    f"{name}: expected {query.dim()} dims, the last {size}, "
+                    f"got shape {tuple(x.shape)}"
                 )
-            batch_dim = 1 if seq_first else 0
-            if query.shape[batch_dim] != key.shape[batch_dim]:
-                raise ValueError(
-                    f"key: expected batch {query.shape[batch_dim]} as in query, "
-                    f"got {key.shape[batch_dim]}"
-                )
-        for name, x, size in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if x.shape[-1] != size:
-                raise ValueError(f"{name}: expected last dim {size}, got {x.shape[-1]}")
+        if key.shape[:2] != value.shape[:2]:
+            raise ValueError(
+                f"value: expected {tuple(key.shape[:2])} before the last dim as in key, "
+                f"got {tuple(value.shape[:2])}"
+            )
+        batch_dim = 1 if seq_first else 0
+        if query.shape[batch_dim] != key.shape[batch_dim]:
+            raise ValueError(
+                f"key: expected batch {query.shape[batch_dim]} as in query, "
+                f"got {key.shape[batch_dim]}"
+            )
 
 
 def _unsqueezed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,9 +229,3 @@ def _unsqueezed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     k = q if key is query else key[None]
     v = k if value is key else q if value is query else value[None]
     return q, k, v
-
-
-def _heads(x: Tensor, head_dim: int, seq_first: bool) -> Tensor:
-    """(batch, seqlen, embed_dim), or seqlen first, as a view (batch, heads, seqlen, head_dim)."""
-    x = x.unflatten(-1, (-1, head_dim))
-    return x.permute(1, 2, 0, 3) if seq_first else x.transpose(1, 2)
