@@ -2,12 +2,14 @@
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
+from fastattn.nn.softmax import Softmax
 from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "FeedForward",
     "GatedFeedForward",
     "MultiheadAttention",
+    "Softmax",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]
