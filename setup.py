@@ -1,13 +1,16 @@
 """Builds fastattn._C with ninja; everything declarative is in pyproject.toml.
 
-Environment: CXX (compiler), FASTATTN_NATIVE=on|off, FASTATTN_CUDA=auto|on|off, MAX_JOBS.
+Environment: FASTATTN_NATIVE=on|off, FASTATTN_CUDA=auto|on|off, CXX, CXXFLAGS, LDFLAGS, CUDA_HOME,
+MAX_JOBS.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 from setuptools import Extension, find_packages, setup
@@ -23,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_bf16"), "aarch64": ("neon",)}
-MIN_COMPILER = {"gcc": 11, "clang": 14}
+OLDEST = {"gcc": 11, "clang": 14, "nvcc": 12}
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=fast "
     "-fno-trapping-math -Wall -Wextra"
@@ -32,10 +36,11 @@ NVCC_FLAGS = (
     "-std=c++20 -O3 --threads 0 -cudart static -Xcompiler -fPIC,-fvisibility=hidden "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
 )
-NO_NATIVE = "or set FASTATTN_NATIVE=off to install without native kernels"
+OR_OFF = "or set FASTATTN_NATIVE=off to install without native kernels"
 
 
 def fail(message: str) -> NoReturn:
+    """End the build with one sentence."""
     raise SystemExit(f"fastattn: {message}.")
 
 
@@ -47,98 +52,105 @@ def flag(name: str, *values: str) -> str:
     return value
 
 
+def build_tool(name: str) -> ModuleType:
+    """A module of build-system.requires, which may be missing without build isolation."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        fail(f"the build needs the Python package {name}; install it, or use build isolation")
+
+
 class Compiler(NamedTuple):
+    """A C++ compiler, its family and version, and the machine that it compiles for."""
+
     command: list[str]
     kind: str
-    version: tuple[int, int]
+    version: str
     machine: str
 
     @property
     def problem(self) -> str | None:
-        if self.version[0] < MIN_COMPILER[self.kind]:
-            found = ".".join(map(str, self.version))
-            return f"{self.kind} {found} is too old, {MIN_COMPILER[self.kind]} is the oldest"
+        """Why it cannot build the kernels, if so."""
+        if int(self.version.split(".")[0]) < OLDEST[self.kind]:
+            return f"{self.kind} {self.version} is too old"
         if self.machine not in ISAS:
-            return f"it compiles for {self.machine}, not for {' or '.join(ISAS)}"
+            return f"it compiles for neither {' nor '.join(ISAS)}"
         return None
+
+    @property
+    def driver(self) -> str:
+        """The compiler itself, behind a cache or a distributor."""
+        caches = ("ccache", "sccache", "distcc")
+        return next(x for x in self.command if os.path.basename(x) not in caches)
 
 
 def examine(command: list[str]) -> Compiler | str:
     """The compiler behind a command, or why it is not one."""
+    command_line = [*command, "-dM", "-E", "-x", "c++", os.devnull]
     try:
-        done = subprocess.run(
-            [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
-        )
+        done = subprocess.run(command_line, capture_output=True, text=True)
     except OSError as error:
         return f"it does not start ({error.strerror})"
-    if done.returncode != 0:
-        return "it does not preprocess an empty file"
-    macros = {}
-    for line in done.stdout.splitlines():
-        _, name, *value = line.split(maxsplit=2)
-        macros[name] = value[0] if value else ""
-    kind = "clang" if "__clang__" in macros else "gcc"
-    names = ("__clang_major__", "__clang_minor__") if kind == "clang" else ("__GNUC__", "__GNUC_MINOR__")
-    try:
-        major, minor = (int(macros[name]) for name in names)
-    except (KeyError, ValueError):
-        return "it is neither gcc nor clang"
-    machine = next((m for m in ISAS if f"__{m}__" in macros), platform.machine())
-    return Compiler(command, kind, (major, minor), machine)
+    macros = dict(re.findall(r"^#define (\w+) (\d+)$", done.stdout, re.MULTILINE))
+    for kind, prefix in (("clang", "__clang_{}__"), ("gcc", "__GNUC{}__")):
+        major = macros.get(prefix.format("major" if kind == "clang" else ""))
+        minor = macros.get(prefix.format("minor" if kind == "clang" else "_MINOR"), "0")
+        if done.returncode == 0 and major is not None:
+            machine = next((m for m in ISAS if f"__{m}__" in macros), "")
+            return Compiler(command, kind, f"{major}.{minor}", machine)
+    return "it is neither gcc nor clang"
 
 
 def find_compiler() -> Compiler:
-    wanted = os.environ.get("CXX", "").strip()
-    candidates = [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]
+    """CXX, otherwise the first of the usual ones that will do."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
     refusals = []
-    for command in candidates:
+    for command in [wanted] if wanted else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]) is None:
             if wanted:
-                refusals.append(f"CXX={wanted} is not found")
+                refusals.append(f"CXX={shlex.join(command)} is not found")
             continue
         found = examine(command)
         problem = found if isinstance(found, str) else found.problem
-        if problem is None:
-            assert isinstance(found, Compiler)
+        if isinstance(found, Compiler) and problem is None:
             return found
         refusals.append(f"{shlex.join(command)}: {problem}")
-    what = "; ".join(refusals) or "none is installed"
-    fail(f"a C++20 compiler is needed (gcc >= 11 or clang >= 14), but {what}; install one, {NO_NATIVE}")
+    why = "; ".join(refusals) or "none is installed"
+    fail(f"building needs gcc >= 11 or clang >= 14, but {why}; install one, {OR_OFF}")
 
 
-def check_compiles(compiler: Compiler, python_include: str) -> None:
-    """Python's headers and OpenMP, which a bare compiler may lack."""
+def check_environment(compiler: Compiler, python_include: str) -> None:
+    """Python's headers, the C++20 library and OpenMP, which a bare compiler may lack."""
     if not Path(python_include, "Python.h").is_file():
-        fail(
-            f"Python.h is not in {python_include}; install Python's development headers "
-            f"(python3-dev), {NO_NATIVE}"
-        )
+        fail(f"Python.h is not in {python_include}; install the python3-dev package, {OR_OFF}")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <omp.h>\n#include <span>\nint f() { return omp_get_max_threads(); }\n")
-        command = [*compiler.command, "-std=c++20", "-fopenmp", "-fPIC", "-shared"]
+        source.write_text(
+            "#include <omp.h>\n#include <span>\nint n() { return omp_get_level(); }\n"
+        )
+        command = [*compiler.command, "-std=c++20", "-fopenmp", "-fPIC", "-shared", str(source)]
         done = subprocess.run(
-            [*command, "-o", str(source.with_suffix(".so")), str(source)],
-            capture_output=True,
-            text=True,
+            [*command, "-o", f"{folder}/probe.so"], capture_output=True, text=True
         )
     if done.returncode != 0:
-        reason = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip())
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        reason = (errors or done.stderr.splitlines() or ["no message"])[0].strip().rstrip(".")
         fail(
-            f"{shlex.join(compiler.command)} cannot build C++20 with OpenMP ({reason.strip()}); install "
-            f"its standard library and OpenMP (libgomp, or libomp-dev for clang), {NO_NATIVE}"
+            f"{shlex.join(compiler.command)} cannot build C++20 with OpenMP ({reason}); install "
+            f"its standard library and OpenMP (for clang, libomp-dev), {OR_OFF}"
         )
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home and Path(home, "bin", "nvcc").is_file():
-        return str(Path(home, "bin", "nvcc"))
-    default = Path("/usr/local/cuda/bin/nvcc")
-    return shutil.which("nvcc") or (str(default) if default.is_file() else None)
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, of PATH, or in its usual place."""
+    home = os.environ.get("CUDA_HOME")
+    found = None if home else shutil.which("nvcc")
+    nvcc = Path(found) if found else Path(home or "/usr/local/cuda", "bin", "nvcc")
+    return nvcc if nvcc.is_file() else None
 
 
 def has_driver() -> bool:
+    """Whether an NVIDIA driver is installed."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -146,25 +158,73 @@ def has_driver() -> bool:
     return True
 
 
-def choose_nvcc() -> str | None:
-    """nvcc when CUDA kernels are to be built, otherwise None."""
+def choose_nvcc() -> Path | None:
+    """nvcc if CUDA kernels are to be built, otherwise None."""
     wanted = flag("FASTATTN_CUDA", "auto", "on", "off")
-    nvcc = find_nvcc()
-    if wanted == "on" and nvcc is None:
-        fail("FASTATTN_CUDA=on needs nvcc, which is neither on PATH nor under CUDA_HOME")
     if wanted == "off" or (wanted == "auto" and not has_driver()):
         return None
-    return nvcc
+    nvcc = find_nvcc()
+    if nvcc is None:
+        problem = "FASTATTN_CUDA=on needs nvcc, which is neither in CUDA_HOME nor on PATH"
+    else:
+        done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
+        version = re.search(r"release (\d+)", done.stdout)
+        if version and int(version[1]) >= OLDEST["nvcc"]:
+            return nvcc
+        problem = f"CUDA kernels need nvcc >= {OLDEST['nvcc']}, {nvcc} is not"
+    if wanted == "on":
+        fail(problem)
+    return None
 
 
-def escape(text: str) -> str:
-    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def cudart_folder(nvcc: Path) -> Path:
+    """Where the static CUDA runtime that belongs to nvcc lies."""
+    home = nvcc.resolve().parent.parent
+    for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / name / "libcudart_static.a").is_file():
+            return home / name
+    fail(f"libcudart_static.a is not under {home}, where nvcc is")
+
+
+def shell(*words: object) -> str:
+    """A command line in a ninja file: quoted for the shell, then for ninja."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def path(name: object) -> str:
+    """A path in a ninja file's build line."""
+    return re.sub(r"([$ :])", r"$\1", str(name))
+
+
+RULES = """\
+rule cxx
+  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $cxx $out
+rule nvcc
+  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $out
+rule link
+  command = $cxx -shared -fopenmp -o $out $in $link_flags
+  description = link $out
+"""
 
 
 class NinjaBuild(build_ext):
-    """Writes build.ninja under build/ and runs it: parallel, incremental, headers tracked."""
+    """Writes a ninja file below build/ and runs it: parallel, incremental, headers tracked."""
+
+    def finalize_options(self) -> None:
+        """Keep the objects of editable installs, too, whose default is a temporary folder."""
+        super().finalize_options()
+        if self.editable_mode:
+            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / f"temp.{tag}")
 
     def build_extension(self, ext: Extension) -> None:
+        """Build the module and put it where setuptools expects it."""
         if sys.platform != "linux" or platform.machine() not in ISAS:
             fail(
                 f"native kernels need Linux on {' or '.join(ISAS)}, this is {sys.platform} on "
@@ -172,98 +232,63 @@ class NinjaBuild(build_ext):
             )
         compiler = find_compiler()
         python_include = sysconfig.get_path("include")
-        check_compiles(compiler, python_include)
+        check_environment(compiler, python_include)
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        text = self.ninja_file(compiler, choose_nvcc(), python_include)
-        ninja_file = folder / "build.ninja"
-        if not ninja_file.is_file() or ninja_file.read_text() != text:
-            ninja_file.write_text(text)
+        (folder / "build.ninja").write_text(self.ninja_file(compiler, python_include))
         self.run_ninja(folder)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A rename, because a process may have the old file mapped.
-        shutil.copy2(folder / "_C.so", target.with_suffix(".tmp"))
-        os.replace(target.with_suffix(".tmp"), target)
+        # Renamed into place: a process may have the old file mapped.
+        shutil.copy2(folder / "_C.so", f"{target}.new")
+        os.replace(f"{target}.new", target)
 
-    def ninja_file(self, compiler: Compiler, nvcc: str | None, python_include: str) -> str:
-        import pybind11
+    def ninja_file(self, compiler: Compiler, python_include: str) -> str:
+        """The build's every step: one object per source and instruction set, then the module."""
+        steps = [("cxx", source, source.stem, "") for source in CSRC.glob("*.cpp")]
+        steps += [("cxx", x, f"bindings/{x.stem}", "") for x in CSRC.glob("bindings/*.cpp")]
+        for isa in ISAS[compiler.machine]:
+            define = f"-DFASTATTN_ISA={isa}"
+            steps += [("cxx", x, f"cpu/{isa}/{x.stem}", define) for x in CSRC.glob("cpu/*.cpp")]
+        link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        bindings_flags = [f'-DFASTATTN_VERSION="{self.distribution.get_version()}"']
+        for folder in (python_include, build_tool("pybind11").get_include()):
+            bindings_flags += ["-isystem", folder]
+        nvcc = choose_nvcc()
+        cuda_sources = sorted(CSRC.glob("cuda/*.cu")) if nvcc else []
+        if nvcc and cuda_sources:
+            steps += [("nvcc", source, f"cuda/{source.stem}", "") for source in cuda_sources]
+            bindings_flags.append("-DFASTATTN_CUDA")
+            link_flags += [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
 
-        version = self.distribution.get_version()
-        cxx = shlex.join(compiler.command)
-        flags = f"{CXX_FLAGS} {os.environ.get('CXXFLAGS', '')}".rstrip()
-        cuda_define = " -DFASTATTN_CUDA" if nvcc else ""
-        lines = [
+        include = f"-I{CSRC}"
+        flags = [*shlex.split(CXX_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", "")), include]
+        text = [
             "ninja_required_version = 1.8",
-            f"cxx = {cxx}",
-            f"flags = {flags} -I{shlex.quote(str(CSRC))}",
-            f"bindings_flags = -isystem {shlex.quote(python_include)}"
-            f" -isystem {shlex.quote(pybind11.get_include())}"
-            f""" -DFASTATTN_VERSION='"{version}"'{cuda_define}""",
-            "rule cxx",
-            "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = $cxx $out",
+            f"cxx = {shell(*compiler.command)}",
+            f"flags = {shell(*flags)}",
+            f"bindings_flags = {shell(*bindings_flags)}",
+            f"nvcc = {shell(nvcc, '-ccbin', compiler.driver)}",
+            f"nvcc_flags = {shell(*shlex.split(NVCC_FLAGS), include)}",
+            f"link_flags = {shell(*link_flags)}",
+            RULES,
         ]
-        if nvcc:
-            lines += [
-                f"nvcc = {shlex.quote(nvcc)} -ccbin {shlex.quote(compiler.command[0])}",
-                "rule nvcc",
-                f"  command = $nvcc {NVCC_FLAGS} -I{shlex.quote(str(CSRC))} -MD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "  description = nvcc $out",
-            ]
-        # libcudart_static.a needs these; everything else it resolves by dlopen.
-        link_flags = os.environ.get("LDFLAGS", "")
-        if nvcc:
-            link_flags += f" -L{shlex.quote(str(cuda_library_folder(nvcc)))} -lcudart_static -ldl -lrt -lpthread"
-        lines += [
-            "rule link",
-            f"  command = $cxx -shared -fopenmp -Wl,--as-needed -o $out $in {link_flags}".rstrip(),
-            "  description = link $out",
-        ]
-        objects = []
-
-        def compile_file(rule: str, source: Path, target: str, extra: str = "") -> None:
-            lines.append(f"build {escape(target)}: {rule} {escape(str(source))}")
-            if extra:
-                lines.append(f"  extra = {extra}")
-            objects.append(escape(target))
-
-        for source in sorted(CSRC.glob("*.cpp")):
-            extra = "$bindings_flags" if source.name == "bindings.cpp" else ""
-            compile_file("cxx", source, f"{source.stem}.o", extra)
-        for source in sorted(CSRC.glob("bindings/*.cpp")):
-            compile_file("cxx", source, f"bindings/{source.stem}.o", "$bindings_flags")
-        for source in sorted(CSRC.glob("cpu/*.cpp")):
-            for isa in ISAS[compiler.machine]:
-                compile_file("cxx", source, f"cpu/{isa}/{source.stem}.o", f"-DFASTATTN_ISA={isa}")
-        if nvcc:
-            for source in sorted(CSRC.glob("cuda/*.cu")):
-                compile_file("nvcc", source, f"cuda/{source.stem}.o")
-        lines.append(f"build _C.so: link {' '.join(objects)}")
-        lines.append("default _C.so")
-        return "\n".join(lines) + "\n"
+        for rule, source, name, extra in sorted(steps):
+            text.append(f"build {name}.o: {rule} {path(source)}")
+            if source.parent.name == "bindings" or source.name == "bindings.cpp":
+                extra = "$bindings_flags"
+            text.append(f"  extra = {extra}")
+        text.append(f"build _C.so: link {' '.join(f'{name}.o' for _, _, name, _ in sorted(steps))}")
+        return "\n".join(text) + "\n"
 
     def run_ninja(self, folder: Path) -> None:
-        import ninja
-
-        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)]
+        """Run it on MAX_JOBS cores, or on all that this process may use."""
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         if not jobs.isdecimal() or int(jobs) < 1:
             fail(f"MAX_JOBS must be a positive number, got {jobs!r}")
-        if subprocess.run([*command, "-j", jobs]).returncode != 0:
-            fail("compilation failed; the compiler's own messages are above")
-
-
-def cuda_library_folder(nvcc: str) -> Path:
-    home = Path(nvcc).resolve().parent.parent
-    for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        if (home / name / "libcudart_static.a").is_file():
-            return home / name
-    fail(f"libcudart_static.a is not under {home}, where nvcc is")
+        ninja = Path(build_tool("ninja").BIN_DIR, "ninja")
+        if subprocess.run([ninja, "-C", folder, "-j", jobs]).returncode != 0:
+            fail("compilation failed; the compiler's messages are above")
 
 
 native = flag("FASTATTN_NATIVE", "on", "off") == "on"
