@@ -34,7 +34,7 @@ PYBIND11_MODULE(_C, m) {
         .value("bfloat16", DType::bfloat16);
 
     m.def("isas", &isas, "Instruction sets that the kernels were compiled for.");
-    m.def("available_isas", &available_isas, "Those of isas() that this processor runs.");
+    m.def("isas_available", &isas_available, "Those of isas() that this processor runs.");
     m.def("isa", &isa, "The instruction set in use.");
     m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on.");
 

@@ -85,7 +85,7 @@ const InstructionSet* find(const std::string& name, const std::string& argument)
         if (set.available()) return &set;
         throw std::invalid_argument(argument + "=" + name +
                                     ": this processor does not run that instruction set; it runs " +
-                                    joined(available_isas()));
+                                    joined(isas_available()));
     }
     throw std::invalid_argument(argument + " must be one of " + joined(isas()) + ", got '" + name +
                                 "'");
@@ -114,7 +114,7 @@ std::vector<std::string> isas() {
     return names;
 }
 
-std::vector<std::string> available_isas() {
+std::vector<std::string> isas_available() {
     std::vector<std::string> names;
     for (const InstructionSet& set : kSets) {
         if (set.available()) names.emplace_back(set.name);

@@ -9,7 +9,7 @@
 namespace fastattn {
 
 std::vector<std::string> isas();
-std::vector<std::string> available_isas();
+std::vector<std::string> isas_available();
 std::string isa();
 
 // Throws std::invalid_argument when the set is unknown, not built, or not run by this processor.

@@ -1,0 +1,58 @@
+# demo and test make an environment in .venv with the versions of constraints.txt; nothing else is
+# needed than Python 3.10 to 3.13, a C++ compiler and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+SUITABLE := import ensurepip, os, sys, sysconfig; include = sysconfig.get_path("include"); \
+	sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13) and os.path.exists(include + "/Python.h")))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c '$(SUITABLE)' 2> /dev/null && command -v $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.py' -o -name '*.cpp' \
+	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed')
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+
+.PHONY: demo test lint bench clean
+
+# Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
+demo: $(VENV)/demo
+	cd $(VENV) && bin/python -m fastattn demo --out '$(CURDIR)/fastattn-demo'
+
+test: $(VENV)/dev
+	cd tests && '$(CURDIR)/$(BIN)/pytest' .
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: $(VENV)/dev
+	cd bench && '$(CURDIR)/$(BIN)/pytest' .
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)
+
+$(VENV)/made:
+	@test -n '$(PYTHON)' || { echo "fastattn: make needs Python 3.10 to 3.13 with venv and its" \
+		"headers (python3-venv, python3-dev) on PATH, or PYTHON=/path/to/python." >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
+	touch $@
+
+# The package first, by itself: a missing compiler shows before the large downloads.
+$(VENV)/package: $(VENV)/made $(SOURCES)
+	rm -rf build/lib* build/bdist*
+	$(PIP) install --no-deps .
+	touch $@
+
+$(VENV)/demo: $(VENV)/package pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt 'fastattn[demo]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/package pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt 'fastattn[dev]'
+	touch $@ $(VENV)/demo

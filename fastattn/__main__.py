@@ -1,0 +1,5 @@
+"""``python -m fastattn``."""
+
+from fastattn.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""The command line, ``python -m fastattn`` or ``fastattn``: info and demo."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastattn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastattn", description="Fused attention, softmax and FFN kernels for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=fastattn.__version__)
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    info = commands.add_parser("info", help="what is built, available and missing")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="speed up stock models, then train one, and report")
+    demo.add_argument("--quick", action="store_true", help="less training, under 30 seconds")
+    demo.add_argument(
+        "--out", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="for the report"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from fastattn import info
+
+    facts = info.collect()
+    print(json.dumps(facts, indent=2) if arguments.json else info.render(facts))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from fastattn.demo import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastattn"):
+            raise
+        print(f"the demo needs {error.name}: pip install 'fastattn[demo]'", file=sys.stderr)
+        return 1
+    return run(quick=arguments.quick, out=arguments.out)
