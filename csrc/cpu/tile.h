@@ -1,0 +1,103 @@
+// The register-tile matrix product that attention and FFN are made of, and the packing it reads.
+#pragma once
+
+
+
+// Rows and vectors of a full tile: accumulators, a row of B and a broadcast fill the registers
+// (32 of AVX-512 and NEON, 16 of AVX2 and SSE).
+constexpr int kTileRows = (FASTATTN_AVX512 || FASTATTN_NEON) ? 12 : 6;
+constexpr int kTileVectors = 2;
+
+// A multiply-accumulate step: what one element of A and one 32-bit lane of B are.
+struct DotF32 {
+    typedef float Element;
+    FASTATTN_INLINE static Vec step(const float* a, Vec b, Vec c) { return splat(*a) * b + c; }
+};
+
+#if FASTATTN_AVX512_BF16
+// Pairs of bfloat16: two neighbours along k in each 32-bit lane.
+struct BF16Pair {
+    uint32_t bits;
+};
+struct DotBF16 {
+    typedef BF16Pair Element;
+    FASTATTN_INLINE static Vec step(const BF16Pair* a, Vec b, Vec c) {
+        return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a->bits), (__m512bh)b);
+    }
+};
+#endif
+
+// acc[m][n] += sum over k of A[m, k] * B[k, n]. Element (m, k) of A lies at a[m * a_row + k * a_k];
+// row k of B begins at b + k * b_k and has kVectors * kLanes elements.
+template <class Dot, int kRows, int kVectors>
+FASTATTN_INLINE void tile(const typename Dot::Element* a, int64_t a_row, int64_t a_k,
+                          const typename Dot::Element* b, int64_t b_k, int64_t k,
+                          Vec (&acc)[kRows][kVectors]) {
+    for (int64_t step = 0; step < k; ++step, a += a_k, b += b_k) {
+        Vec row[kVectors];
+#pragma GCC unroll 4
+        for (int n = 0; n < kVectors; ++n) row[n] = load((const float*)b + n * kLanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+            for (int n = 0; n < kVectors; ++n) acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]);
+    }
+}
+
+// Interleaves two vectors: the low, and the high half of a0 b0 a1 b1 ...
+FASTATTN_INLINE void zip(Vec a, Vec b, Vec& low, Vec& high) {
+#if FASTATTN_AVX512
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                   31);
+#elif FASTATTN_AVX2
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Transposes kLanes x kLanes elements in place: log2(kLanes) rounds of zipping row i with row
+// i + kLanes / 2.
+FASTATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+    for (int round = 1; round < kLanes; round *= 2) {
+        Vec next[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes / 2; ++i)
+            zip(rows[i], rows[i + kLanes / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+    }
+}
+
+// Packs the transpose of a row-major matrix for `tile`: element (row, column) goes to
+// packed[column * width + row]; the rows from `rows` up to `width` (a multiple of kLanes) are 0,
+// and so are the columns from `columns` up to `padded_columns`.
+template <class T>
+FASTATTN_INLINE void pack_transposed(const T* source, int64_t source_row, int64_t rows,
+                                     int64_t columns, int64_t padded_columns, float* packed,
+                                     int64_t width) {
+    for (int64_t row = 0; row < width; row += kLanes) {
+        for (int64_t column = 0; column < padded_columns; column += kLanes) {
+            Vec block[kLanes];
+            int64_t wide = columns - column;
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                const T* from = source + (row + i) * source_row + column;
+                if (row + i >= rows || wide <= 0)
+                    block[i] = Vec{};
+                else if (wide >= kLanes)
+                    block[i] = load(from);
+                else
+                    block[i] = load(from, wide);
+            }
+            transpose(block);
+            int64_t high = padded_columns - column;
+            for (int i = 0; i < kLanes && i < high; ++i)
+                store(packed + (column + i) * width + row, block[i]);
+        }
+    }
+}
