@@ -1,0 +1,285 @@
+"""The encoder-decoder Transformer (Vaswani et al. 2017, "Attention is all you need")."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.models import generation
+from fastattn.models.blocks import CrossAttention, Embedding, KeysValues, SelfAttention, Stack
+from fastattn.models.cache import KeyValueCache
+from fastattn.models.config import TransformerConfig
+
+
+class AttentionWeights(NamedTuple):
+    """The weights of every attention, one tensor a layer, ``(batch, heads, queries, keys)``."""
+
+    encoder: list[Tensor]  # source to source
+    decoder: list[Tensor]  # target to target, causal
+    cross: list[Tensor]  # target to source
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder Transformer from source tokens to target tokens.
+
+    ::
+
+        model = Transformer(input_vocab_size=8000, target_vocab_size=8000)
+        logits = model(src, tgt)  # tgt begins with bos; the loss wants it a token later
+        out = model.eval().generate(src, bos_id=1, eos_id=2, max_new_tokens=64)
+
+    Sources may be padded with ``pad_id`` anywhere, targets at their end. Its layers' weights may
+    come from a `torch.nn.Transformer`: see `fastattn.models.load_torch`.
+
+    Args:
+        config: sizes and options; default those of `fields`.
+        fields: of `TransformerConfig`, in place of the config's own.
+
+    Raises:
+        ValueError, TypeError: an option is out of range; the message names it.
+    """
+
+    def __init__(self, config: TransformerConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        config = TransformerConfig(**fields) if config is None else replace(config, **fields)
+        self.config = config
+        self.input_embedding = self._embedding(config.input_vocab_size)
+        self.target_embedding = self._embedding(config.target_vocab_size)
+        self.encoder = self._stack(cross_attention=False)
+        self.decoder = self._stack(cross_attention=True)
+        self.output = nn.Linear(config.d_model, config.target_vocab_size, bias=False)
+        for stack in (self.encoder, self.decoder):
+            for parameter_name, parameter in stack.named_parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+                elif parameter_name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+        nn.init.normal_(self.output.weight, std=config.d_model**-0.5)
+        if config.tie_embeddings != "none":
+            self.output.weight = self.target_embedding.tokens.weight
+        if config.tie_embeddings == "all":
+            self.input_embedding.tokens.weight = self.target_embedding.tokens.weight
+
+    def _embedding(self, vocab_size: int) -> Embedding:
+        c = self.config
+        return Embedding(vocab_size, c.d_model, c.max_positions, c.positions, c.dropout)
+
+    def _stack(self, *, cross_attention: bool) -> Stack:
+        c = self.config
+        return Stack(
+            c.num_layers,
+            c.d_model,
+            c.num_heads,
+            c.d_ff,
+            cross_attention=cross_attention,
+            dropout=c.dropout,
+            attention_dropout=c.dropout if c.attention_dropout is None else c.attention_dropout,
+            activation=c.activation,
+            norm_first=c.norm_first,
+            bias=c.bias,
+            layer_norm_eps=c.layer_norm_eps,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained numbers; what is shared counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def padding_mask(self, src: Tensor) -> Tensor | None:
+        """Which source tokens take part, ``(batch, 1, 1, seqlen)`` boolean; None: all do."""
+        if self.config.pad_id is None:
+            return None
+        return (src != self.config.pad_id)[:, None, None, :]
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+        """Logits of the token that follows each target token.
+
+        Args:
+            src: tokens ``(batch, seqlen_src)``, int64 or int32.
+            tgt: tokens ``(batch, seqlen_tgt)``; each sees itself, those before it and the source.
+
+        Returns:
+            ``(batch, seqlen_tgt, target_vocab_size)``.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape or dtype, or is too long.
+        """
+        return self.decode(tgt, self.encode(src), self.padding_mask(src))
+
+    def encode(self, src: Tensor) -> Tensor:
+        """The memory ``(batch, seqlen_src, d_model)`` of `src`, tokens ``(batch, seqlen_src)``.
+
+        Raises:
+            ValueError, TypeError: `src` has the wrong shape or dtype, or is too long.
+        """
+        self._check_tokens("src", src)
+        return self.encoder(self.input_embedding(src), mask=self.padding_mask(src))
+
+    def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """Logits ``(rows, seqlen_tgt, target_vocab_size)`` of what follows each target token.
+
+        Args:
+            tgt: tokens ``(rows, seqlen_tgt)``. With ``rows = n * batch``, each n rows in
+                succession share one source.
+            memory: ``(batch, seqlen_src, d_model)``, of `encode`.
+            memory_mask: ``(batch, 1, 1, seqlen_src)``, of `padding_mask`.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape or dtype, or is too long.
+        """
+        self._check_tokens("tgt", tgt)
+        batch, rows = memory.shape[0], tgt.shape[0]
+        if rows % batch if batch else rows:
+            raise ValueError(f"tgt: expected a multiple of {batch} rows as in src, got {rows}")
+        x = self.decoder(
+            self.target_embedding(tgt),
+            causal=True,
+            memory=self.decoder.keys_values(memory),
+            memory_mask=memory_mask,
+        )
+        return self.output(x)
+
+    @torch.no_grad()
+    def attention_weights(self, src: Tensor, tgt: Tensor) -> AttentionWeights:
+        """Run the model on `src` and `tgt` as `forward` does, and return all attention weights.
+
+        They are computed beside the fused attention, for this call only; without dropout.
+        """
+        weights = AttentionWeights([], [], [])
+        hooks = []
+        for stack, own in ((self.encoder, weights.encoder), (self.decoder, weights.decoder)):
+            for module in stack.modules():
+                if isinstance(module, SelfAttention | CrossAttention):
+                    seen = own if isinstance(module, SelfAttention) else weights.cross
+
+                    def record(module, args, kwargs, seen=seen):
+                        kwargs = {name: kwargs[name] for name in kwargs if name != "cache"}
+                        seen.append(module.weights(*args, **kwargs))
+
+                    hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
+        try:
+            self(src, tgt)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return weights
+
+    @torch.no_grad()
+    def generate(
+        self,
+        src: Tensor,
+        *,
+        bos_id: int,
+        eos_id: int | None,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Target tokens for `src`: greedy, sampled or by beam search. Call `eval()` first.
+
+        Args:
+            src: tokens ``(batch, seqlen_src)``, padded with ``pad_id``.
+            bos_id: the token that begins each target; not part of the result.
+            eos_id: the token that ends one; None: each gets `max_new_tokens`.
+            max_new_tokens: the most tokens of a target, at most ``max_positions``.
+            num_beams, length_penalty, do_sample, temperature, top_k, top_p, generator: as in
+                `fastattn.models.generation.generate`.
+            use_cache: keep each token's keys and values; without, every step computes all of
+                them again, for the same result.
+
+        Returns:
+            ``(batch, n)``, n the longest target's tokens with its end; the others padded with
+            ``pad_id`` (`eos_id` if the model has none).
+
+        Raises:
+            ValueError, TypeError: an argument is out of range, or has no effect beside the others.
+        """
+        config = self.config
+        if max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"max_new_tokens: expected at most max_positions={config.max_positions}, "
+                f"got {max_new_tokens}"
+            )
+        for name, token in (("bos_id", bos_id), ("eos_id", eos_id)):
+            if token is not None and not 0 <= token < config.target_vocab_size:
+                limit = config.target_vocab_size - 1
+                raise ValueError(f"{name}: expected a target token, 0 to {limit}, got {token}")
+        pad_id = config.pad_id if config.pad_id is not None else eos_id
+        decoding = _CachedDecoding if use_cache else _RecomputedDecoding
+        return generation.generate(
+            decoding(self, src, max_new_tokens),
+            src.new_full((src.shape[0], 1), bos_id),
+            eos_id=eos_id,
+            pad_id=0 if pad_id is None else pad_id,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+
+    def _check_tokens(self, name: str, tokens: Tensor) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected tokens of torch.int64 or int32, got {tokens.dtype}")
+        if tokens.dim() != 2:
+            raise ValueError(f"{name}: expected (batch, seqlen), got shape {tuple(tokens.shape)}")
+        limit = self.config.max_positions
+        if tokens.shape[1] > limit:
+            raise ValueError(
+                f"{name}: expected at most max_positions={limit} tokens a row, "
+                f"got {tokens.shape[1]}"
+            )
+
+
+class _CachedDecoding:
+    """Each step computes its own tokens; keys and values of the others come from the caches."""
+
+    def __init__(self, model: Transformer, src: Tensor, capacity: int) -> None:
+        self._model = model
+        self._memory: Sequence[KeysValues] = model.decoder.keys_values(model.encode(src))
+        self._memory_mask = model.padding_mask(src)
+        self._caches = [KeyValueCache(capacity) for _ in model.decoder.layers]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        model = self._model
+        x = model.decoder(
+            model.target_embedding(tokens, start=self._caches[0].length),
+            causal=True,
+            caches=self._caches,
+            memory=self._memory,
+            memory_mask=self._memory_mask,
+        )
+        return model.output(x[:, -1])
+
+    def reorder(self, rows: Tensor) -> None:
+        # The memory stays: the beams of a source are in succession and share it.
+        for cache in self._caches:
+            cache.reorder(rows)
+
+
+class _RecomputedDecoding:
+    """Each step computes all tokens again: what the caches must agree with."""
+
+    def __init__(self, model: Transformer, src: Tensor, capacity: int) -> None:
+        self._model = model
+        self._memory = model.encode(src)
+        self._memory_mask = model.padding_mask(src)
+        self._tokens = src.new_empty(src.shape[0], 0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._tokens = torch.cat([self._tokens, tokens], 1)
+        return self._model.decode(self._tokens, self._memory, self._memory_mask)[:, -1]
+
+    def reorder(self, rows: Tensor) -> None:
+        self._tokens = self._tokens[rows]
