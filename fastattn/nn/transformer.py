@@ -18,7 +18,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     - Its modules are called in evaluation too, each one's hooks included, where torch's fast path
       reads their parameters.
     - A sequence with every token padded comes out finite.
-    - A nested tensor may also be in training, and may have any number of heads.
+    - A nested tensor may be jagged too, in training too, and with any number of heads.
 
     `linear1`, the activation, `dropout` and `linear2` run as one op where they are torch's own,
     without hooks; otherwise they are called one by one.
@@ -39,7 +39,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
         Args:
             src: ``(seqlen, batch, d_model)``, with `batch_first` ``(batch, seqlen, d_model)``,
-                unbatched ``(seqlen, d_model)``, or nested without masks.
+                unbatched ``(seqlen, d_model)``, or nested and without masks.
             src_mask: `attn_mask` of `MultiheadAttention`.
             src_key_padding_mask: its `key_padding_mask`.
             is_causal: promises that `src_mask` is causal.

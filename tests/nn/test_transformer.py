@@ -267,3 +267,22 @@ def test_compile(kind):
     compare(
         stock, compiled, *args, **{"src_mask" if len(args) == 1 else "tgt_mask": causal(SEQLEN)}
     )
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested(layout, norm_first):
+    stock, ours = pair("TransformerEncoderLayer", batch_first=True, norm_first=norm_first)
+    sequences = [torch.randn(length, D_MODEL) for length in (4, 1, 6)]
+    expected = torch.cat([stock(x) for x in sequences])
+    nested = torch.nested.nested_tensor(sequences, layout=layout)
+    with torch.no_grad():
+        out = ours.eval()(nested)
+        assert out.is_nested
+        torch.testing.assert_close(torch.cat(out.unbind()), expected, atol=1e-4, rtol=1e-4)
+    if layout == torch.jagged:
+        dy = torch.randn(expected.shape)
+        grads = torch.autograd.grad(expected, list(stock.parameters()), dy)
+        actual = torch.autograd.grad(ours(nested).values(), list(ours.parameters()), dy)
+        for one, other in zip(actual, grads, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
