@@ -152,6 +152,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value as ``(..., heads, head_dim)``; equal inputs share a product."""
         bias, embed_dim = self.in_proj_bias, self.embed_dim
+        inputs: tuple[Tensor, ...]
         if not self._qkv_same_embed_dim:
             inputs, sizes = (query, key, value), [embed_dim] * 3
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

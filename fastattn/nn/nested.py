@@ -1,10 +1,12 @@
 """Nested tensors (torch.nn.TransformerEncoder makes them of padded batches) as packed ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def pack(nested: Tensor) -> tuple[Tensor, Tensor, int]:
+def pack(nested: Any) -> tuple[Tensor, Tensor, int]:
     """The tokens ``(total, d_model)``, their cu_seqlens int32 ``(batch + 1,)``, and max_seqlen."""
     if nested.layout == torch.jagged:
         values, offsets = nested.values(), nested.offsets()
@@ -20,7 +22,7 @@ def pack(nested: Tensor) -> tuple[Tensor, Tensor, int]:
     return values, cu_seqlens.to(values.device), int(lengths.max())
 
 
-def unpack(values: Tensor, like: Tensor) -> Tensor:
+def unpack(values: Tensor, like: Any) -> Tensor:
     """The nested tensor of the sequence lengths of `like` with tokens ``(total, d_model)``."""
     if like.layout == torch.jagged:
         return torch.nested.nested_tensor_from_jagged(values, like.offsets())
