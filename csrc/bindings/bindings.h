@@ -7,4 +7,6 @@ namespace fastattn {
 
 namespace py = pybind11;
 
+void bind_attention(py::module_& m);
+
 }  // namespace fastattn

@@ -3,8 +3,11 @@
 
 #include "cpu/target_begin.h"
 
+void attention_fwd(const AttentionFwdArgs&);
+
 const Kernels kernels = {
     .vector_bytes = FASTATTN_VECTOR_BYTES,
+    .attention_fwd = attention_fwd,
 };
 
 #include "cpu/target_end.h"

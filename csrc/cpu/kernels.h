@@ -2,12 +2,14 @@
 // argument structs and one member per function here, and its two lines in kernels.cpp.
 #pragma once
 
+#include "cpu/attention.h"
 #include "cpu/dtype.h"
 
 namespace fastattn {
 
 struct Kernels {
     int64_t vector_bytes;
+    void (*attention_fwd)(const AttentionFwdArgs&);
 };
 
 // clang-format off

@@ -1,6 +1,8 @@
 // The register-tile matrix product that attention and FFN are made of, and the packing it reads.
 #pragma once
 
+#include "cpu/vec.h"
+
 
 
 // Rows and vectors of a full tile: accumulators, a row of B and a broadcast fill the registers
@@ -11,6 +13,7 @@ constexpr int kTileVectors = 2;
 // A multiply-accumulate step: what one element of A and one 32-bit lane of B are.
 struct DotF32 {
     typedef float Element;
+    static constexpr int kPair = 1;
     FASTATTN_INLINE static Vec step(const float* a, Vec b, Vec c) { return splat(*a) * b + c; }
 };
 
@@ -21,6 +24,7 @@ struct BF16Pair {
 };
 struct DotBF16 {
     typedef BF16Pair Element;
+    static constexpr int kPair = 2;
     FASTATTN_INLINE static Vec step(const BF16Pair* a, Vec b, Vec c) {
         return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a->bits), (__m512bh)b);
     }
@@ -98,6 +102,43 @@ FASTATTN_INLINE void pack_transposed(const T* source, int64_t source_row, int64_
             int64_t high = padded_columns - column;
             for (int i = 0; i < kLanes && i < high; ++i)
                 store(packed + (column + i) * width + row, block[i]);
+        }
+    }
+}
+
+// kLanes bfloat16 as 32-bit lanes, 0 beyond `count`.
+FASTATTN_INLINE UintVec load_bits(const BF16* p, int64_t count) {
+    HalfVec h = {};
+    if (count >= kLanes) {
+        __builtin_memcpy(&h, p, sizeof h);
+    } else {
+        for (int64_t lane = 0; lane < count; ++lane) h[lane] = p[lane].bits;
+    }
+    return __builtin_convertvector(h, UintVec);
+}
+
+// As pack_transposed, of pairs along a row: 32-bit element (row, pair) goes to
+// packed[pair * width + row]; an odd last column is paired with 0.
+FASTATTN_INLINE void pack_transposed_pairs(const BF16* source, int64_t source_row, int64_t rows,
+                                           int64_t columns, int64_t pairs, float* packed,
+                                           int64_t width) {
+    for (int64_t row = 0; row < width; row += kLanes) {
+        for (int64_t pair = 0; pair < pairs; pair += kLanes) {
+            Vec block[kLanes];
+            const int64_t wide = std::min<int64_t>(columns - 2 * pair, 2 * kLanes);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                block[i] = Vec{};
+                if (row + i >= rows) continue;
+                const BF16* from = source + (row + i) * source_row + 2 * pair;
+                if (wide == 2 * kLanes)
+                    __builtin_memcpy(&block[i], from, sizeof(Vec));
+                else
+                    __builtin_memcpy(&block[i], from, wide * sizeof(BF16));
+            }
+            transpose(block);
+            for (int i = 0; i < kLanes && i < pairs - pair; ++i)
+                store(packed + (pair + i) * width + row, block[i]);
         }
     }
 }

@@ -1,8 +1,131 @@
 """CPU backend: the hand-written SIMD kernels of the native module ``fastattn._C``."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from fastattn import _C
+
+    _missing = None
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _missing = f"native module not available: {error}"
+
 NAME = "cpu"
+
+MAX_HEAD_DIM = 256
+
+_DTYPES: dict[torch.dtype, Any] = {}
+if _C is not None:
+    _DTYPES = {
+        torch.float32: _C.DType.float32,
+        torch.float16: _C.DType.float16,
+        torch.bfloat16: _C.DType.bfloat16,
+    }
+    _UNBOUNDED = _C.UNBOUNDED
 
 
 def unsupported(problem) -> list[str]:
     """Every reason why this backend cannot run `problem`; empty if it can."""
-    return ["not built yet"]
+    reasons = [] if _missing is None else [_missing]
+    if problem.device != "cpu":
+        reasons.append(f"device={problem.device}, only cpu")
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
+    if problem.op not in ("attention_fwd",):
+        reasons.append(f"no kernel for {problem.op}")
+    if problem.op.startswith("attention"):
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(problem, name) > MAX_HEAD_DIM:
+                reasons.append(f"{name}={getattr(problem, name)} > {MAX_HEAD_DIM}")
+        if problem.packed:
+            reasons.append("cu_seqlens_q: no kernel for packed sequences")
+        if problem.page_size:
+            reasons.append("block_table: no kernel for a paged cache")
+        if problem.bias == torch.float64:
+            reasons.append("bias dtype=torch.float64")
+    return reasons
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def _address(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
+
+
+def _broadcast_address(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """As `_address`, with stride 0 in dims of size 1, over which a mask or bias is broadcast."""
+    strides = zip(tensor.shape, tensor.stride())
+    return tensor.data_ptr(), tuple(0 if size == 1 else stride for size, stride in strides)
+
+
+def _band(problem) -> tuple[int, int, int]:
+    left, right = problem.window_left, problem.window_right
+    return (
+        _UNBOUNDED if left is None else left,
+        _UNBOUNDED if right is None else right,
+        problem.offset,
+    )
+
+
+def _features(problem, t):
+    """The tensors of `t` beside q, k and v, as the native module takes them; None if none."""
+    if t.mask is t.bias is t.alibi_slopes is t.sinks is t.seed is t.offset is t.seqlens_k is None:
+        return None
+    features = _C.AttentionFeatures()
+    if t.mask is not None:
+        features.mask = _broadcast_address(t.mask)
+    if t.bias is not None:
+        features.bias = _broadcast_address(t.bias)
+        features.bias_dtype = _DTYPES[t.bias.dtype]
+    if t.alibi_slopes is not None:
+        strides = t.alibi_slopes.stride()
+        features.alibi_slopes = t.alibi_slopes.data_ptr(), strides if len(strides) == 2 else (0, *strides)
+    for name, tensor in (("sinks", t.sinks), ("offsets", t.offset), ("seqlens_k", t.seqlens_k)):
+        if tensor is not None:
+            setattr(features, name, tensor.data_ptr())
+    if t.seed is not None:
+        features.dropout_p, features.seed = problem.dropout_p, int(t.seed)
+    return features
+
+
+def _contiguous_vectors(t):
+    """The tensors with those that kernels read as plain arrays made contiguous."""
+    if t.sinks is t.offset is t.seqlens_k is None:
+        return t
+    return t._replace(
+        sinks=None if t.sinks is None else t.sinks.contiguous(),
+        offset=None if t.offset is None else t.offset.contiguous(),
+        seqlens_k=None if t.seqlens_k is None else t.seqlens_k.contiguous(),
+    )
+
+
+def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention (see `fastattn.attention`)."""
+    q, k, v = _unit_last_stride(t.q), _unit_last_stride(t.k), _unit_last_stride(t.v)
+    t = _contiguous_vectors(t)
+    batch, heads, seqlen_q = problem.batch, problem.heads, problem.seqlen_q
+    head_dim_v = problem.head_dim_v
+    strides = (seqlen_q * heads * head_dim_v, head_dim_v, heads * head_dim_v, 1)
+    out = torch.empty_strided((batch, heads, seqlen_q, head_dim_v), strides, dtype=problem.dtype)
+    lse = torch.empty((batch, heads, seqlen_q))
+    if lse.numel():
+        _C.attention_fwd(
+            _DTYPES[problem.dtype],
+            (batch, heads, problem.heads_kv, seqlen_q, problem.seqlen_k, problem.head_dim, head_dim_v),
+            (q.data_ptr(), q.stride()),
+            (k.data_ptr(), k.stride()),
+            (v.data_ptr(), v.stride()),
+            problem.softmax_scale,
+            problem.softcap,
+            _band(problem),
+            _features(problem, t),
+            problem.deterministic,
+            (out.data_ptr(), strides),
+            lse.data_ptr(),
+        )
+    return out, lse

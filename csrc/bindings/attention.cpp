@@ -1,0 +1,101 @@
+#include "bindings/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+
+#include "isa.h"
+
+namespace fastattn {
+namespace {
+
+using Sizes = std::array<int64_t, 7>;  // batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, _v
+using Tensor4 = std::tuple<uintptr_t, Strides4>;
+
+// The arguments beyond q, k and v that a call may have.
+struct Features {
+    std::optional<Tensor4> mask, bias;
+    DType bias_dtype = DType::float32;
+    std::optional<std::tuple<uintptr_t, std::array<int64_t, 2>>> alibi_slopes;
+    uintptr_t sinks = 0, offsets = 0, seqlens_k = 0;
+    double dropout_p = 0.0;
+    uint64_t seed = 0;
+};
+
+template <class T>
+const T* in(uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+template <class T>
+T* out(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Strides3 leading(const Strides4& strides) { return {strides[0], strides[1], strides[2]}; }
+
+void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
+          const Tensor4& v, double softmax_scale, double softcap,
+          const std::array<int64_t, 3>& band, const Features* features, bool deterministic) {
+    a.dtype = dtype;
+    a.batch = sizes[0], a.heads = sizes[1], a.heads_kv = sizes[2];
+    a.seqlen_q = sizes[3], a.seqlen_k = sizes[4];
+    a.head_dim = sizes[5], a.head_dim_v = sizes[6];
+    a.q = in<void>(std::get<0>(q)), a.q_strides = leading(std::get<1>(q));
+    a.k = in<void>(std::get<0>(k)), a.k_strides = leading(std::get<1>(k));
+    a.v = in<void>(std::get<0>(v)), a.v_strides = leading(std::get<1>(v));
+    a.softmax_scale = float(softmax_scale), a.softcap = float(softcap);
+    a.window_left = band[0], a.window_right = band[1], a.offset = band[2];
+    a.deterministic = deterministic;
+    if (!features) return;
+    if (features->mask) {
+        a.mask = in<uint8_t>(std::get<0>(*features->mask));
+        a.mask_strides = std::get<1>(*features->mask);
+    }
+    if (features->bias) {
+        a.bias = in<void>(std::get<0>(*features->bias));
+        a.bias_strides = std::get<1>(*features->bias);
+        a.bias_dtype = features->bias_dtype;
+    }
+    if (features->alibi_slopes) {
+        a.alibi_slopes = in<float>(std::get<0>(*features->alibi_slopes));
+        a.alibi_strides = std::get<1>(*features->alibi_slopes);
+    }
+    a.sinks = in<float>(features->sinks);
+    a.offsets = in<int32_t>(features->offsets);
+    a.seqlens_k = in<int32_t>(features->seqlens_k);
+    a.dropout = make_dropout(features->dropout_p, features->seed);
+}
+
+void attention_fwd(DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
+                   const Tensor4& v, double softmax_scale, double softcap,
+                   const std::array<int64_t, 3>& band, const Features* features,
+                   bool deterministic, const Tensor4& result, uintptr_t lse) {
+    AttentionFwdArgs a{};
+    fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
+    a.out = out<void>(std::get<0>(result)), a.out_strides = leading(std::get<1>(result));
+    a.lse = out<float>(lse);
+    py::gil_scoped_release release;
+    kernels().attention_fwd(a);
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+    py::class_<Features>(m, "AttentionFeatures", "What a call may have beside q, k and v.")
+        .def(py::init<>())
+        .def_readwrite("mask", &Features::mask)
+        .def_readwrite("bias", &Features::bias)
+        .def_readwrite("bias_dtype", &Features::bias_dtype)
+        .def_readwrite("alibi_slopes", &Features::alibi_slopes)
+        .def_readwrite("sinks", &Features::sinks)
+        .def_readwrite("offsets", &Features::offsets)
+        .def_readwrite("seqlens_k", &Features::seqlens_k)
+        .def_readwrite("dropout_p", &Features::dropout_p)
+        .def_readwrite("seed", &Features::seed);
+    m.attr("UNBOUNDED") = kUnbounded;
+    m.def("attention_fwd", &attention_fwd,
+          "Each tensor is (address, strides); band is (left, right, offset).");
+}
+
+}  // namespace fastattn

@@ -1,0 +1,395 @@
+// Attention forward with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; tiling after
+// FlashAttention-2, Dao, arXiv 2307.08691).
+//
+// A task owns up to kTaskRows rows of one key/value head: queries of all heads of its group, one
+// head after the other. It walks the keys that its rows see in blocks of kBlockN, packs K^T once
+// per block, and takes kTileRows rows at a time through scores, softmax and the product with V.
+// With fewer tasks than threads the keys are split, and the parts combined in order.
+// Cost: 2 * (head_dim + head_dim_v) flops per visible score.
+#include "cpu/attention.h"
+
+#include <omp.h>
+
+#include "cpu/simd.h"
+
+#include "cpu/target_begin.h"
+
+#include "cpu/attention_scores.h"
+#include "cpu/scratch.h"
+
+namespace {
+
+constexpr int kBlockN = 256;
+constexpr int kPanel = kTileVectors * kLanes;  // keys or columns of a tile
+constexpr int kTaskRows = 192;
+constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How one storage type is multiplied: T is stored, Dot multiplies.
+template <class T, class Dot>
+struct Operand {
+    typedef typename Dot::Element Element;
+    static constexpr int kPair = Dot::kPair;  // elements of T in one Element
+
+    // Rows of Q, padded with zeros.
+    static void pack_row(const T* from, int64_t count, int64_t padded, Element* to) {
+        if constexpr (kPair == 1) {
+            for (int64_t n = 0; n < padded; n += kLanes) store(to + n, load(from + n, count - n));
+        } else {
+            std::memset(to, 0, padded * sizeof(Element));
+            std::memcpy(to, from, count * sizeof(T));
+        }
+    }
+
+    // Panels of K^T: (panel, head_dim / kPair, kPanel).
+    static void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t depth,
+                          int64_t padded_depth, Element* to) {
+        for (int64_t j = 0; j < keys; j += kPanel, to += padded_depth * kPanel) {
+            if constexpr (kPair == 1)
+                pack_transposed(k + j * stride, stride, keys - j, depth, padded_depth, to, kPanel);
+            else
+                pack_transposed_pairs(k + j * stride, stride, keys - j, depth, padded_depth,
+                                      (float*)to, kPanel);
+        }
+    }
+
+    // V for products over keys: (keys / kPair, padded_width), zeros beyond.
+    static void pack_values(const T* v, int64_t stride, int64_t keys, int64_t width,
+                            int64_t padded_width, Element* to) {
+        for (int64_t j = 0; j < keys; j += kPair, to += padded_width) {
+            for (int64_t n = 0; n < padded_width; n += kLanes) {
+                if constexpr (kPair == 1) {
+                    store(to + n, load(v + j * stride + n, width - n));
+                } else {
+                    UintVec low = load_bits(v + j * stride + n, width - n);
+                    UintVec high = {};
+                    if (j + 1 < keys) high = load_bits(v + (j + 1) * stride + n, width - n);
+                    store((float*)to + n, (Vec)(low | (high << 16)));
+                }
+            }
+        }
+    }
+};
+
+// One row of a task.
+struct Row {
+    int64_t h, i;
+    KeyRange keys;
+};
+
+// scores[m][panel] = Q[m] . K^T for the tile's rows.
+template <class Dot, int kRows>
+void score_tile(const typename Dot::Element* q, const typename Dot::Element* k, int64_t depth,
+                float* scores) {
+    Vec acc[kRows][kTileVectors] = {};
+    tile<Dot, kRows, kTileVectors>(q, depth, 1, k, kPanel, depth, acc);
+    for (int m = 0; m < kRows; ++m)
+        for (int n = 0; n < kTileVectors; ++n) store(scores + m * kBlockN + n * kLanes, acc[m][n]);
+}
+
+// acc[m] = acc[m] * correction[m] + P[m] V for one panel of columns.
+template <class Dot, int kRows, int kVectors>
+void value_tile(const typename Dot::Element* p, int64_t p_stride, const typename Dot::Element* v,
+                int64_t v_stride, int64_t keys, const float* correction, float* out,
+                int64_t out_stride) {
+    Vec acc[kRows][kVectors];
+    for (int m = 0; m < kRows; ++m)
+        for (int n = 0; n < kVectors; ++n)
+            acc[m][n] = load(out + m * out_stride + n * kLanes) * correction[m];
+    tile<Dot, kRows, kVectors>(p, p_stride, 1, v, v_stride, keys, acc);
+    for (int m = 0; m < kRows; ++m)
+        for (int n = 0; n < kVectors; ++n) store(out + m * out_stride + n * kLanes, acc[m][n]);
+}
+
+// Calls f with the smallest row count of a tile that holds `rows`.
+template <class F>
+void with_rows(int64_t rows, F f) {
+    if (rows > 8 && kTileRows > 8) return f(std::integral_constant<int, kTileRows>{});
+    if (rows > 4 && kTileRows > 8) return f(std::integral_constant<int, std::min(8, kTileRows)>{});
+    if (rows > 4) return f(std::integral_constant<int, std::min(6, kTileRows)>{});
+    if (rows > 2) return f(std::integral_constant<int, 4>{});
+    if (rows > 1) return f(std::integral_constant<int, 2>{});
+    f(std::integral_constant<int, 1>{});
+}
+
+template <class T, class Dot>
+class Task {
+    typedef Operand<T, Dot> Ops;
+    typedef typename Dot::Element Element;
+    static constexpr int kPair = Dot::kPair;
+
+   public:
+    explicit Task(const AttentionFwdArgs& args)
+        : a(args),
+          features(has_features(args)),
+          depth(round_up(args.head_dim, kPair) / kPair),
+          width(round_up(args.head_dim_v, kLanes)),
+          log2_scale(features ? 1.0f : args.softmax_scale * kLog2E) {
+        const bool in_place = kPair == 1 && sizeof(T) == 4 && width == a.head_dim_v;
+        values_packed = !in_place;
+        q = scratch<Element>((kTaskRows + kTileRows) * depth + kLanes, 0);
+        keys = scratch<Element>(kBlockN * depth, 1);
+        values = values_packed ? scratch<Element>(kBlockN / kPair * width, 2) : nullptr;
+        acc = scratch<float>((kTaskRows + kTileRows) * width, 3);
+    }
+
+    // Rows [first, first + count) of key/value head (b, head_kv), keys [key_begin, key_end). Where
+    // `part` is given, the unnormalised result goes there: (count, width), then maxima and sums.
+    void run(int64_t b, int64_t head_kv, int64_t first, int64_t count, int64_t key_begin,
+             int64_t key_end, float* part) {
+        begin(b, head_kv, first, count, key_begin == 0);
+        KeyRange all{key_end, key_begin};
+        for (int64_t r = 0; r < count; ++r) {
+            KeyRange& seen = row[r].keys;
+            seen = {std::max(seen.begin, key_begin), std::min(seen.end, key_end)};
+            if (seen.begin < seen.end)
+                all = {std::min(all.begin, seen.begin), std::max(all.end, seen.end)};
+        }
+        for (int64_t j = all.begin / kBlockN * kBlockN; j < all.end; j += kBlockN)
+            block(b, head_kv, count, j, std::min<int64_t>(kBlockN, all.end - j));
+        if (part) {
+            std::memcpy(part, acc, count * width * sizeof(float));
+            std::memcpy(part + count * width, row_max, count * sizeof(float));
+            std::memcpy(part + count * (width + 1), row_sum, count * sizeof(float));
+            return;
+        }
+        for (int64_t r = 0; r < count; ++r) finish(b, r);
+    }
+
+    // Sums the parts of rows [first, first + count), in order, and writes the result.
+    void combine(int64_t b, int64_t head_kv, int64_t first, int64_t count, int64_t parts,
+                 const float* part, int64_t part_size) {
+        begin(b, head_kv, first, count, true);
+        for (int64_t r = 0; r < count; ++r) {
+            float largest = -INFINITY;
+            for (int64_t p = 0; p < parts; ++p)
+                largest = std::max(largest, part[p * part_size + count * width + r]);
+            const float safe = largest == -INFINITY ? 0.0f : largest;
+            float* to = acc + r * width;
+            float sum = 0.0f;
+            std::memset(to, 0, width * sizeof(float));
+            for (int64_t p = 0; p < parts; ++p) {
+                const float* from = part + p * part_size;
+                const float factor = exp2(splat(from[count * width + r] - safe))[0];
+                sum += from[count * (width + 1) + r] * factor;
+                for (int64_t n = 0; n < width; n += kLanes)
+                    store(to + n, load(to + n) + load(from + r * width + n) * factor);
+            }
+            row_max[r] = largest;
+            row_sum[r] = sum;
+            finish(b, r);
+        }
+    }
+
+   private:
+    void begin(int64_t b, int64_t head_kv, int64_t first, int64_t count, bool with_sink) {
+        const int64_t group = a.heads / a.heads_kv;
+        const int64_t padded = round_up(count, kTileRows);
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t h = head_kv * group + (first + r) / a.seqlen_q;
+            const int64_t i = (first + r) % a.seqlen_q;
+            row[r] = {h, i, visible_keys(a, b, i)};
+            const T* from =
+                (const T*)a.q + b * a.q_strides[0] + h * a.q_strides[1] + i * a.q_strides[2];
+            Ops::pack_row(from, a.head_dim, depth, q + r * depth);
+            const bool sink = a.sinks && with_sink;
+            row_max[r] = sink ? a.sinks[h] * kLog2E : -INFINITY;
+            row_sum[r] = sink ? 1.0f : 0.0f;
+        }
+        for (int64_t r = count; r < padded; ++r) {
+            row[r] = {0, 0, {0, 0}};
+            std::memset((void*)(q + r * depth), 0, depth * sizeof(Element));
+        }
+        std::memset(acc, 0, padded * width * sizeof(float));
+    }
+
+    // All rows against keys [j, j + size).
+    void block(int64_t b, int64_t head_kv, int64_t count, int64_t j, int64_t size) {
+        const T* k = (const T*)a.k + b * a.k_strides[0] + head_kv * a.k_strides[1];
+        const T* v = (const T*)a.v + b * a.v_strides[0] + head_kv * a.v_strides[1];
+        Ops::pack_keys(k + j * a.k_strides[2], a.k_strides[2], size, a.head_dim, depth, keys);
+        const Element* v_rows = values;
+        int64_t v_stride = width;
+        if (values_packed) {
+            Ops::pack_values(v + j * a.v_strides[2], a.v_strides[2], size, a.head_dim_v, width,
+                             values);
+        } else {
+            v_rows = (const Element*)(v + j * a.v_strides[2]);
+            v_stride = a.v_strides[2];
+        }
+        for (int64_t r = 0; r < count; r += kTileRows) {
+            const int64_t rows = std::min<int64_t>(kTileRows, count - r);
+            KeyRange seen{size, 0};
+            for (int64_t m = 0; m < rows; ++m) {
+                const KeyRange keys_of_row = row[r + m].keys;
+                if (keys_of_row.begin >= std::min(keys_of_row.end, j + size) ||
+                    keys_of_row.end <= j)
+                    continue;
+                seen.begin = std::min(seen.begin, std::max<int64_t>(keys_of_row.begin - j, 0));
+                seen.end = std::max(seen.end, std::min(keys_of_row.end - j, size));
+            }
+            if (seen.begin >= seen.end) continue;
+            with_rows(rows, [&](auto tile_rows) {
+                tile_of_rows<decltype(tile_rows)::value>(b, r, rows, j, seen, v_rows, v_stride);
+            });
+        }
+    }
+
+    template <int kRows>
+    void tile_of_rows(int64_t b, int64_t r, int64_t rows, int64_t j, KeyRange seen,
+                      const Element* v_rows, int64_t v_stride) {
+        alignas(64) float scores[kRows * kBlockN];  // (rows, keys), of the block
+        float correction[kRows];
+        const int64_t left = seen.begin / kPanel * kPanel;
+        const int64_t right = round_up(seen.end, kPanel);
+        for (int64_t n = left; n < right; n += kPanel)
+            score_tile<Dot, kRows>(q + r * depth, keys + n * depth, depth, scores + n);
+        for (int64_t m = 0; m < rows; ++m)
+            correction[m] = softmax_row(b, r + m, j, left, right, scores + m * kBlockN);
+        for (int64_t m = rows; m < kRows; ++m) {
+            correction[m] = 0.0f;
+            std::memset(scores + m * kBlockN + left, 0, (right - left) * sizeof(float));
+        }
+        if constexpr (kPair == 1) {
+            multiply_values<kRows>(scores + seen.begin, kBlockN, v_rows + seen.begin * v_stride,
+                                   v_stride, seen.end - seen.begin, correction, r);
+        } else {
+            alignas(64) Element weights[kRows * kBlockN / kPair];
+            for (int m = 0; m < kRows; ++m)
+                for (int64_t n = left; n < right; n += kLanes)
+                    store((T*)weights + m * kBlockN + n, load(scores + m * kBlockN + n));
+            const int64_t from = seen.begin / kPair;
+            multiply_values<kRows>(weights + from, kBlockN / kPair, v_rows + from * v_stride,
+                                   v_stride, (seen.end + kPair - 1) / kPair - from, correction, r);
+        }
+    }
+
+    template <int kRows>
+    void multiply_values(const Element* p, int64_t p_stride, const Element* v, int64_t v_stride,
+                         int64_t count, const float* correction, int64_t r) {
+        int64_t n = 0;
+        for (; n + kPanel <= width; n += kPanel)
+            value_tile<Dot, kRows, kTileVectors>(p, p_stride, v + n, v_stride, count, correction,
+                                                 acc + r * width + n, width);
+        for (; n < width; n += kLanes)
+            value_tile<Dot, kRows, 1>(p, p_stride, v + n, v_stride, count, correction,
+                                      acc + r * width + n, width);
+    }
+
+    // Scores of keys [j + left, j + right) become weights relative to the new row maximum. Returns
+    // the factor that brings earlier results to it.
+    float softmax_row(int64_t b, int64_t r, int64_t j, int64_t left, int64_t right, float* scores) {
+        const Row& one = row[r];
+        if (features)
+            apply_features(a, b, one.h, one.i, j + left,
+                           std::min(right - left, a.seqlen_k - j - left), scores + left, nullptr);
+        const int64_t begin = std::clamp(one.keys.begin - j, left, right);
+        const int64_t end = std::clamp(one.keys.end - j, begin, right);
+        std::fill(scores + left, scores + begin, -INFINITY);
+        std::fill(scores + end, scores + right, -INFINITY);
+        Vec largest = splat(-INFINITY);
+        for (int64_t n = left; n < right; n += kLanes) largest = max(load(scores + n), largest);
+        const float old = row_max[r];
+        const float fresh = std::max(old, reduce_max(largest) * log2_scale);
+        const float safe = fresh == -INFINITY ? 0.0f : fresh;
+        const Vec scale = splat(log2_scale), shift = splat(-safe);
+        Vec sum = {};
+        for (int64_t n = left; n < right; n += kLanes) {
+            Vec p = exp2(load(scores + n) * scale + shift);
+            sum = sum + p;
+            store(scores + n, p);
+        }
+        const float factor = exp2(splat(old - safe))[0];
+        row_max[r] = fresh;
+        row_sum[r] = row_sum[r] * factor + reduce_add(sum);
+        if (a.dropout.threshold)
+            apply_dropout(a, b, one.h, one.i, j + left, right - left, scores + left);
+        return factor;
+    }
+
+    void finish(int64_t b, int64_t r) {
+        const Row& one = row[r];
+        const float sum = row_sum[r];
+        const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+        T* out = (T*)a.out + b * a.out_strides[0] + one.h * a.out_strides[1] +
+                 one.i * a.out_strides[2];
+        for (int64_t n = 0; n < a.head_dim_v; n += kLanes)
+            store(out + n, load(acc + r * width + n) * factor, a.head_dim_v - n);
+        a.lse[(b * a.heads + one.h) * a.seqlen_q + one.i] =
+            sum == 0.0f ? -INFINITY : row_max[r] * kLn2 + std::log(sum);
+    }
+
+    const AttentionFwdArgs& a;
+    const bool features;
+    const int64_t depth, width;  // of a row of Q in Elements, of a row of the result
+    const float log2_scale;      // of the scores in their buffer
+    bool values_packed;
+    Element *q, *keys, *values;
+    float* acc;  // (kTaskRows, width)
+    Row row[kTaskRows + kTileRows];
+    float row_max[kTaskRows + kTileRows], row_sum[kTaskRows + kTileRows];
+};
+
+template <class T, class Dot>
+void forward(const AttentionFwdArgs& a) {
+    const int64_t group_rows = a.heads / a.heads_kv * a.seqlen_q;
+    const int64_t heads = a.batch * a.heads_kv;
+    const int threads = omp_get_max_threads();
+    // Smaller tasks where there would be too few for balance, but no smaller than two tiles.
+    int64_t task_rows = kTaskRows;
+    while (task_rows > 4 * kTileRows && heads * ((group_rows + task_rows - 1) / task_rows) < 4 * threads)
+        task_rows -= 2 * kTileRows;
+    const int64_t blocks = (group_rows + task_rows - 1) / task_rows;
+    const int64_t tasks = heads * blocks;
+    int64_t parts = 1;
+    if (tasks < threads && !a.deterministic)
+        parts = std::clamp<int64_t>(a.seqlen_k / kSplitKeys, 1, (2 * threads + tasks - 1) / tasks);
+    const int64_t part_keys = round_up((a.seqlen_k + parts - 1) / parts, kBlockN);
+    const int64_t width = round_up(a.head_dim_v, kLanes);
+    const int64_t part_size = std::min(task_rows, group_rows) * (width + 2);
+    float* part = parts > 1 ? scratch<float>(tasks * parts * part_size, 5) : nullptr;
+    const double flops = 4.0 * heads * group_rows * a.seqlen_k * (a.head_dim + a.head_dim_v) / 2;
+    const bool parallel = threads > 1 && tasks * parts > 1 && flops > 2e5;
+#pragma omp parallel if (parallel)
+    {
+        Task<T, Dot> task(a);
+#pragma omp for schedule(dynamic)
+        for (int64_t at = 0; at < tasks * parts; ++at) {
+            // Last blocks first: under a causal band they have the most keys.
+            const int64_t index = at / parts, p = at % parts;
+            const int64_t head = index % heads, first = (blocks - 1 - index / heads) * task_rows;
+            const int64_t count = std::min(task_rows, group_rows - first);
+            const int64_t begin = p * part_keys, end = parts > 1 ? begin + part_keys : a.seqlen_k;
+            task.run(head / a.heads_kv, head % a.heads_kv, first, count, begin,
+                     std::min(end, a.seqlen_k), part ? part + at * part_size : nullptr);
+        }
+        if (part) {
+#pragma omp for schedule(static)
+            for (int64_t index = 0; index < tasks; ++index) {
+                const int64_t head = index % heads;
+                const int64_t first = (blocks - 1 - index / heads) * task_rows;
+                task.combine(head / a.heads_kv, head % a.heads_kv, first,
+                             std::min(task_rows, group_rows - first), parts,
+                             part + index * parts * part_size, part_size);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionFwdArgs& a) {
+    switch (a.dtype) {
+        case DType::float32: return forward<float, DotF32>(a);
+        case DType::float16: return forward<F16, DotF32>(a);
+        case DType::bfloat16: break;
+    }
+#if FASTATTN_AVX512_BF16
+    return forward<BF16, DotBF16>(a);
+#else
+    return forward<BF16, DotF32>(a);
+#endif
+}
+
+#include "cpu/target_end.h"

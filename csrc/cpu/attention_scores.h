@@ -1,0 +1,104 @@
+// What both directions of attention share: which keys a query sees, and its scores' features.
+// Included inside a target region.
+#pragma once
+
+#include "cpu/philox.h"
+#include "cpu/tile.h"
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+struct KeyRange {
+    int64_t begin, end;
+};
+
+// The keys that query i of sequence b may see by the band and the lengths.
+inline KeyRange visible_keys(const AttentionArgs& a, int64_t b, int64_t i) {
+    const int64_t center = i + (a.offsets ? a.offsets[b] : a.offset);
+    const int64_t seqlen_k = a.seqlens_k ? std::min<int64_t>(a.seqlens_k[b], a.seqlen_k) : a.seqlen_k;
+    int64_t begin = 0, end = std::max<int64_t>(seqlen_k, 0);
+    if (a.window_left < kUnbounded) begin = std::max(begin, center - a.window_left);
+    if (a.window_right < kUnbounded) end = std::min(end, center + a.window_right + 1);
+    return {begin, std::max(begin, end)};
+}
+
+// Whether scores need more than the scale before the softmax.
+inline bool has_features(const AttentionArgs& a) {
+    return a.softcap != 0 || a.mask || a.bias || a.alibi_slopes || !(a.softmax_scale > 0);
+}
+
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
+
+// All ones in the lanes whose key takes part.
+FASTATTN_INLINE IntVec load_mask(const uint8_t* mask, int64_t stride, int64_t count) {
+    ByteVec bytes = {};
+    if (stride == 1 && count >= kLanes) {
+        __builtin_memcpy(&bytes, mask, kLanes);
+    } else {
+        for (int64_t lane = 0; lane < std::min<int64_t>(count, kLanes); ++lane)
+            bytes[lane] = mask[lane * stride];
+    }
+    return __builtin_convertvector(bytes, IntVec) != 0;
+}
+
+template <class T>
+FASTATTN_INLINE Vec load_strided(const T* p, int64_t stride, int64_t count) {
+    if (stride == 1) return load(p, count);
+    if (stride == 0) return splat(to_float(*p));
+    T gathered[kLanes] = {};
+    for (int64_t lane = 0; lane < std::min<int64_t>(count, kLanes); ++lane)
+        gathered[lane] = p[lane * stride];
+    return load(gathered);
+}
+
+FASTATTN_INLINE Vec load_bias(const AttentionArgs& a, int64_t at, int64_t count) {
+    const int64_t stride = a.bias_strides[3];
+    if (a.bias_dtype == DType::float32)
+        return load_strided((const float*)a.bias + at, stride, count);
+    if (a.bias_dtype == DType::float16) return load_strided((const F16*)a.bias + at, stride, count);
+    return load_strided((const BF16*)a.bias + at, stride, count);
+}
+
+// Turns q.k of query (b, h, i) and keys [j, j + count) into scores in units of log2, -inf where
+// the mask hides a key. `capped` receives tanh of the softcap if there is one (else untouched).
+inline void apply_features(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t j,
+                           int64_t count, float* scores, float* capped) {
+    const int64_t center = i + (a.offsets ? a.offsets[b] : a.offset);
+    const uint8_t* mask = nullptr;
+    if (a.mask)
+        mask = a.mask + b * a.mask_strides[0] + h * a.mask_strides[1] + i * a.mask_strides[2] +
+               j * a.mask_strides[3];
+    const int64_t bias_at = b * a.bias_strides[0] + h * a.bias_strides[1] + i * a.bias_strides[2] +
+                            j * a.bias_strides[3];
+    const float slope =
+        a.alibi_slopes ? a.alibi_slopes[b * a.alibi_strides[0] + h * a.alibi_strides[1]] : 0.0f;
+    const Vec lanes = __builtin_convertvector(lane_index(), Vec);
+    for (int64_t n = 0; n < count; n += kLanes) {
+        Vec s = load(scores + n) * a.softmax_scale;
+        if (a.softcap != 0) {
+            Vec t = tanh(s / a.softcap);
+            if (capped) store(capped + n, t);
+            s = t * a.softcap;
+        }
+        if (a.bias) s = s + load_bias(a, bias_at + n * a.bias_strides[3], count - n);
+        if (a.alibi_slopes) s = s - slope * abs(lanes + float(j + n - center));
+        s = s * kLog2E;
+        if (mask)
+            s = select(load_mask(mask + n * a.mask_strides[3], a.mask_strides[3], count - n), s,
+                       splat(-INFINITY));
+        store(scores + n, s);
+    }
+}
+
+// Multiplies weights of keys [j, j + count) by dropout's factor.
+inline void apply_dropout(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t j,
+                          int64_t count, float* weights) {
+    uint32_t words[64];
+    for (int64_t block = j / 64; block * 64 < j + count; ++block) {
+        philox_words(a.dropout.seed, block, uint32_t(i), uint32_t(h), uint32_t(b), words);
+        const int64_t begin = std::max(j, block * 64), end = std::min(j + count, block * 64 + 64);
+        for (int64_t at = begin; at < end; ++at)
+            weights[at - j] =
+                words[at - block * 64] >= a.dropout.threshold ? weights[at - j] * a.dropout.scale : 0.0f;
+    }
+}
