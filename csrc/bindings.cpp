@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on.");
 
     bind_attention(m);
+    bind_softmax(m);
 
     // Fails the import, with its message, when FASTATTN_ISA names a set that cannot run.
     isa();

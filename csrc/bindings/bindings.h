@@ -8,5 +8,6 @@ namespace fastattn {
 namespace py = pybind11;
 
 void bind_attention(py::module_& m);
+void bind_softmax(py::module_& m);
 
 }  // namespace fastattn

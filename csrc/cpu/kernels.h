@@ -4,12 +4,16 @@
 
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
+#include "cpu/ffn.h"
+#include "cpu/softmax.h"
 
 namespace fastattn {
 
 struct Kernels {
     int64_t vector_bytes;
     void (*attention_fwd)(const AttentionFwdArgs&);
+    void (*softmax_fwd)(const SoftmaxFwdArgs&);
+    void (*softmax_bwd)(const SoftmaxBwdArgs&);
 };
 
 // clang-format off

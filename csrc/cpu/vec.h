@@ -170,7 +170,7 @@ FASTATTN_INLINE Vec exp2(Vec x) {
     return (Vec)(((IntVec)p + ((IntVec)shifted << 23)) & ~underflow);
 }
 
-// e^x within 2 units in the last place; 0 below -87 and for -inf; NaN stays NaN. As exp2, with ln 2
+// e^x within 1 unit in the last place; 0 below -87 and for -inf; NaN stays NaN. As exp2, with ln 2
 // subtracted in two parts (Cody and Waite).
 FASTATTN_INLINE Vec exp(Vec x) {
     const Vec magic = splat(0x1.8p23f);
@@ -180,11 +180,11 @@ FASTATTN_INLINE Vec exp(Vec x) {
     Vec n = shifted - magic;
     Vec f = clamped - n * 0x1.63p-1f;
     f = f + n * 2.12194440e-4f;
-    Vec p = splat(1.38888889e-3f);
-    p = p * f + 8.33333333e-3f;
-    p = p * f + 4.16666667e-2f;
-    p = p * f + 1.66666667e-1f;
-    p = p * f + 0.5f;
+    Vec p = splat(1.37805939e-3f);
+    p = p * f + 8.37312452e-3f;
+    p = p * f + 4.16695364e-2f;
+    p = p * f + 1.66664720e-1f;
+    p = p * f + 4.99999851e-1f;
     p = p * f + 1.0f;
     p = p * f + 1.0f;
     return (Vec)(((IntVec)p + ((IntVec)shifted << 23)) & ~underflow);

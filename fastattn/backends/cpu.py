@@ -16,6 +16,7 @@ except ImportError as error:
 NAME = "cpu"
 
 MAX_HEAD_DIM = 256
+MAX_RANK = 9  # of softmax
 
 _DTYPES: dict[torch.dtype, Any] = {}
 if _C is not None:
@@ -34,7 +35,7 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"device={problem.device}, only cpu")
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
-    if problem.op not in ("attention_fwd",):
+    if problem.op not in ("attention_fwd", "softmax_fwd", "softmax_bwd"):
         reasons.append(f"no kernel for {problem.op}")
     if problem.op.startswith("attention"):
         for name in ("head_dim", "head_dim_v"):
@@ -46,6 +47,11 @@ def unsupported(problem) -> list[str]:
             reasons.append("block_table: no kernel for a paged cache")
         if problem.bias == torch.float64:
             reasons.append("bias dtype=torch.float64")
+    if problem.op.startswith("softmax"):
+        if len(problem.shape) > MAX_RANK:
+            reasons.append(f"rank={len(problem.shape)} > {MAX_RANK}")
+        if problem.bias not in (None, problem.dtype, torch.float32):
+            reasons.append(f"bias dtype={problem.bias}, only {problem.dtype} and float32")
     return reasons
 
 
@@ -129,3 +135,69 @@ def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
             lse.data_ptr(),
         )
     return out, lse
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _expanded_address(tensor: Tensor | None, shape) -> tuple[int, tuple[int, ...]]:
+    """Address and strides of a tensor broadcast to `shape`, the last stride 0 or 1."""
+    if tensor is None:
+        return 0, ()
+    if tensor.shape[-1] != 1 and tensor.stride(-1) not in (0, 1):
+        tensor = tensor.contiguous()
+    return tensor.data_ptr(), tensor.expand(shape).stride()
+
+
+def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
+    """The softmax and, with dropout, the weights before it (see `fastattn.softmax`)."""
+    shape = problem.shape
+    x = _unit_last_stride(t.x)
+    out = x.new_empty(shape)
+    weights = x.new_empty(shape) if problem.dropout_p else None
+    mask, mask_strides = _expanded_address(t.mask, shape)
+    bias, bias_strides = _expanded_address(t.bias, shape)
+    _C.softmax_fwd(
+        _DTYPES[problem.dtype],
+        shape,
+        x.data_ptr(),
+        x.stride(),
+        mask,
+        mask_strides,
+        _DTYPES[problem.bias or problem.dtype],
+        bias,
+        bias_strides,
+        problem.scale,
+        problem.causal,
+        problem.log,
+        problem.dropout_p,
+        _pointer(t.seed),
+        out.data_ptr(),
+        _pointer(weights),
+    )
+    return out, weights
+
+
+def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and bias from the weights before dropout (from the result with log)."""
+    shape = problem.shape
+    p, dout = p.contiguous(), _unit_last_stride(dout.to(problem.dtype))
+    dx = p.new_empty(shape)
+    dbias = t.bias.new_empty(t.bias.shape) if problem.bias_grad else None
+    _C.softmax_bwd(
+        _DTYPES[problem.dtype],
+        shape,
+        p.data_ptr(),
+        dout.data_ptr(),
+        dout.stride(),
+        problem.scale,
+        problem.log,
+        problem.dropout_p,
+        _pointer(t.seed),
+        dx.data_ptr(),
+        _DTYPES[problem.bias or problem.dtype],
+        () if dbias is None else dbias.shape,
+        _pointer(dbias),
+    )
+    return dx, dbias
