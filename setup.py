@@ -36,6 +36,7 @@ NVCC_FLAGS = (
     "-std=c++20 -O3 --threads 0 -cudart static -Xcompiler -fPIC,-fvisibility=hidden "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
 )
+NVCC_LINK = ("-cudart", "static", "--forward-unknown-to-host-compiler")
 OR_OFF = "or set FASTATTN_NATIVE=off to install without native kernels"
 
 
@@ -177,15 +178,6 @@ def choose_nvcc() -> Path | None:
     return None
 
 
-def cudart_folder(nvcc: Path) -> Path:
-    """Where the static CUDA runtime that belongs to nvcc lies."""
-    home = nvcc.resolve().parent.parent
-    for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        if (home / name / "libcudart_static.a").is_file():
-            return home / name
-    fail(f"libcudart_static.a is not under {home}, where nvcc is")
-
-
 def shell(*words: object) -> str:
     """A command line in a ninja file: quoted for the shell, then for ninja."""
     return shlex.join(map(str, words)).replace("$", "$$")
@@ -208,7 +200,7 @@ rule nvcc
   deps = gcc
   description = nvcc $out
 rule link
-  command = $cxx -shared -fopenmp -o $out $in $link_flags
+  command = $link -shared -fopenmp -o $out $in
   description = link $out
 """
 
@@ -250,7 +242,7 @@ class NinjaBuild(build_ext):
         for isa in ISAS[compiler.machine]:
             define = f"-DFASTATTN_ISA={isa}"
             steps += [("cxx", x, f"cpu/{isa}/{x.stem}", define) for x in CSRC.glob("cpu/*.cpp")]
-        link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        link = compiler.command
         bindings_flags = [f'-DFASTATTN_VERSION="{self.distribution.get_version()}"']
         for folder in (python_include, build_tool("pybind11").get_include()):
             bindings_flags += ["-isystem", folder]
@@ -259,7 +251,7 @@ class NinjaBuild(build_ext):
         if nvcc and cuda_sources:
             steps += [("nvcc", source, f"cuda/{source.stem}", "") for source in cuda_sources]
             bindings_flags.append("-DFASTATTN_CUDA")
-            link_flags += [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
+            link = [str(nvcc), "-ccbin", compiler.driver, *NVCC_LINK]
 
         include = f"-I{CSRC}"
         flags = [*shlex.split(CXX_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", "")), include]
@@ -270,7 +262,7 @@ class NinjaBuild(build_ext):
             f"bindings_flags = {shell(*bindings_flags)}",
             f"nvcc = {shell(nvcc, '-ccbin', compiler.driver)}",
             f"nvcc_flags = {shell(*shlex.split(NVCC_FLAGS), include)}",
-            f"link_flags = {shell(*link_flags)}",
+            f"link = {shell(*link, *shlex.split(os.environ.get('LDFLAGS', '')))}",
             RULES,
         ]
         for rule, source, name, extra in sorted(steps):
