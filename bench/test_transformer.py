@@ -23,7 +23,7 @@ CONFIGS = {
         input_vocab_size=VOCAB_SIZE, target_vocab_size=VOCAB_SIZE, dropout=0.0
     ),
 }  # fmt: skip
-SIZES = {"small": (16, 128), "base": (4, 256)}  # batch, seqlen of source and target
+SIZES = {"small": (16, 128), "base": (2, 256)}  # batch, seqlen of source and target
 
 
 class Stock(nn.Module):
@@ -124,6 +124,6 @@ def test_greedy(benchmark, size, dtype, model):
     model.eval()
     _measure(
         benchmark,
-        f"greedy, 64 tokens {name} {dtype}",
-        lambda: model.generate(src, bos_id=BOS, eos_id=None, max_new_tokens=64),
+        f"greedy, 32 tokens {name} {dtype}",
+        lambda: model.generate(src, bos_id=BOS, eos_id=None, max_new_tokens=32),
     )
