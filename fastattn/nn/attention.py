@@ -111,7 +111,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = softmax((q * self.head_dim**-0.5) @ k.mT, mask=mask, bias=bias)
             if dropout_p:
                 weights = F.dropout(weights, dropout_p)
-            out = weights.to(v.dtype) @ v
+            out = weights @ v
         else:
             out = attention(q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p)
         if seq_first:
