@@ -2,8 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "isa.h"
 
@@ -21,6 +24,8 @@ struct Features {
     uintptr_t sinks = 0, offsets = 0, seqlens_k = 0;
     double dropout_p = 0.0;
     uint64_t seed = 0;
+
+    mutable std::vector<int32_t> visible_lengths;
 };
 
 template <class T>
@@ -33,6 +38,41 @@ T* out(uintptr_t address) {
 }
 
 Strides3 leading(const Strides4& strides) { return {strides[0], strides[1], strides[2]}; }
+
+// Shortens the sequences to the last key that is visible to any query.
+template <class Visible>
+void shorten(AttentionArgs& a, std::vector<int32_t>& lengths, Visible visible) {
+    std::vector<int32_t> shorter(a.batch);
+    for (int64_t b = 0; b < a.batch; ++b) {
+        int64_t length = a.seqlens_k ? std::min<int64_t>(a.seqlens_k[b], a.seqlen_k) : a.seqlen_k;
+        while (length > 0 && !visible(b, length - 1)) --length;
+        shorter[b] = int32_t(length);
+    }
+    lengths.swap(shorter);
+    a.seqlens_k = lengths.data();
+}
+
+// A mask or bias that is the same for all queries is padding: kernels skip keys by length, and
+// need no mask that hides nothing else.
+void skip_padding(AttentionArgs& a, std::vector<int32_t>& lengths) {
+    if (a.mask && a.mask_strides[1] == 0 && a.mask_strides[2] == 0) {
+        auto visible = [&a](int64_t b, int64_t j) {
+            return a.mask[b * a.mask_strides[0] + j * a.mask_strides[3]] != 0;
+        };
+        shorten(a, lengths, visible);
+        bool all = true;
+        for (int64_t b = 0; b < a.batch && all; ++b)
+            for (int64_t j = 0; j < lengths[b] && all; ++j) all = visible(b, j);
+        if (all) a.mask = nullptr;
+    }
+    if (a.bias && a.bias_strides[1] == 0 && a.bias_strides[2] == 0)
+        shorten(a, lengths, [&a](int64_t b, int64_t j) {
+            const int64_t at = b * a.bias_strides[0] + j * a.bias_strides[3];
+            if (a.bias_dtype == DType::float32) return ((const float*)a.bias)[at] != -INFINITY;
+            return ((const uint16_t*)a.bias)[at] !=
+                   (a.bias_dtype == DType::float16 ? 0xfc00 : 0xff80);
+        });
+}
 
 void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
           const Tensor4& v, double softmax_scale, double softcap,
@@ -65,6 +105,7 @@ void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Tensor4& q, c
     a.offsets = in<int32_t>(features->offsets);
     a.seqlens_k = in<int32_t>(features->seqlens_k);
     a.dropout = make_dropout(features->dropout_p, features->seed);
+    skip_padding(a, features->visible_lengths);
 }
 
 void attention_fwd(DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,

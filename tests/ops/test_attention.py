@@ -136,6 +136,26 @@ def test_bias(backend, shape, wide, dtype):
     check(q, k, v, bias=bias, softcap=3.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_padding(backend, batch, holes, dtype):
+    """Keys hidden from all queries, behind the last visible one and, with holes, before it."""
+    q, k, v = make(batch=3, seqlen_k=40, dtype=dtype)
+    hidden = torch.arange(40) >= torch.tensor([7, 0, 33])[-batch:, None]
+    if holes:
+        hidden |= torch.rand(batch, 40) < 0.3
+    hidden = hidden.view(batch, 1, 1, 40)
+    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -math.inf)
+    lengths = torch.tensor([30, 20, 10], dtype=torch.int32)
+    check(q, k, v, mask=~hidden)
+    check(q, k, v, bias=bias)
+    check(q, k, v, mask=~hidden, bias=bias.flip(-1))
+    check(q, k, v, mask=~hidden, causal=True, offset=20)
+    skip_if_refused(backend, q, k, v, seqlens_k=lengths)
+    check(q, k, v, mask=~hidden, seqlens_k=lengths)
+
+
 def test_bias_without_gradient(backend):
     q, k, v = make()
     bias = torch.randn(17, 23)
