@@ -41,9 +41,6 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_softmax(m);
 
-    // Fails the import, with its message, when FASTATTN_ISA names a set that cannot run.
-    isa();
-
     m.attr("__version__") = FASTATTN_VERSION;
     m.attr("compiler") = kCompiler;
     m.attr("cuda") = kCuda;

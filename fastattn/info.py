@@ -24,6 +24,7 @@ ENVIRONMENT = (
 
 def collect() -> dict[str, Any]:
     """The facts, in a form that JSON can hold."""
+    native = _native()
     return {
         "fastattn": fastattn.__version__,
         "path": str(Path(fastattn.__file__).parent),
@@ -32,7 +33,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "threads": torch.get_num_threads(),
-        "native": _native(),
+        "native": native,
         "cuda": {
             "driver": _cuda_driver(),
             "torch": torch.version.cuda,
@@ -40,7 +41,7 @@ def collect() -> dict[str, Any]:
                 torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
             ],
         },
-        "backends": _backends(),
+        "backends": _backends() if native.get("isa", "") is not None else {},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
@@ -57,7 +58,7 @@ def render(facts: dict[str, Any]) -> str:
     if native["built"]:
         rows += [
             ("native module", f"built by {native['compiler']}"),
-            ("instruction set", native["isa"]),
+            ("instruction set", native["isa"] or native["reason"]),
             ("  available", " ".join(native["isas_available"])),
             ("  built", " ".join(native["isas"])),
         ]
@@ -92,12 +93,18 @@ def _native() -> dict[str, Any]:
         return {"built": False, "reason": _not_built(), "cuda": False}
     except ImportError as error:
         return {"built": False, "reason": str(error), "cuda": False}
+    isa, reason = None, None
+    try:
+        isa = module.isa()
+    except ValueError as error:
+        reason = str(error)
     return {
         "built": True,
+        "reason": reason,
         "compiler": module.compiler,
         "isas": module.isas(),
         "isas_available": module.isas_available(),
-        "isa": module.isa(),
+        "isa": isa,
         "cuda": module.cuda,
     }
 

@@ -14,6 +14,11 @@ from fastattn import cli
 from fastattn.backends import BACKENDS
 
 
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
 def info_json(capsys) -> dict:
     assert cli.main(["info", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -56,13 +61,7 @@ def test_info_text_has_a_line_for_each_backend(capsys):
 
 def test_info_shows_the_environment_in_force():
     code = "from fastattn.cli import main; main(['info', '--json'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FASTATTN_BACKEND": "reference"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python(code, FASTATTN_BACKEND="reference")
     facts = json.loads(done.stdout)
     assert facts["environment"]["FASTATTN_BACKEND"] == "reference"
 
@@ -93,3 +92,21 @@ def test_demo_names_the_package_that_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without_demo)
     assert cli.main(["demo", "--quick"]) == 1
     assert "pip install 'fastattn[demo]'" in capsys.readouterr().err
+
+
+def test_a_forced_instruction_set_is_used():
+    from fastattn import _C
+
+    for name in {_C.isas_available()[0], _C.isas_available()[-1]}:
+        done = run_python("from fastattn import _C; print(_C.isa())", FASTATTN_ISA=name)
+        assert done.stdout.strip() == name
+
+
+def test_an_unknown_instruction_set_fails_the_first_call_and_shows_in_info():
+    softmax = "import torch, fastattn; fastattn.softmax(torch.ones(2, 3))"
+    done = run_python(softmax, FASTATTN_ISA="sse9")
+    assert done.returncode != 0
+    assert "ValueError: FASTATTN_ISA must be one of" in done.stderr
+    done = run_python("from fastattn.cli import main; main(['info'])", FASTATTN_ISA="sse9")
+    assert done.returncode == 0
+    assert "FASTATTN_ISA must be one of" in done.stdout
