@@ -110,14 +110,37 @@ void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Tensor4& q, c
 
 void attention_fwd(DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
                    const Tensor4& v, double softmax_scale, double softcap,
-                   const std::array<int64_t, 3>& band, const Features* features,
-                   bool deterministic, const Tensor4& result, uintptr_t lse) {
+                   const std::array<int64_t, 3>& band, const Features* features, bool deterministic,
+                   const Tensor4& result, uintptr_t lse) {
     AttentionFwdArgs a{};
     fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
     a.out = out<void>(std::get<0>(result)), a.out_strides = leading(std::get<1>(result));
     a.lse = out<float>(lse);
     py::gil_scoped_release release;
     kernels().attention_fwd(a);
+}
+
+// dbias: (address, strides in its own shape with 0 where broadcast, number of elements), float32.
+void attention_bwd(DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
+                   const Tensor4& v, double softmax_scale, double softcap,
+                   const std::array<int64_t, 3>& band, const Features* features, bool deterministic,
+                   const Tensor4& result, uintptr_t lse, const Tensor4& dout, uintptr_t dlse,
+                   uintptr_t delta, const Tensor4& dq, const Tensor4& dk, const Tensor4& dv,
+                   const std::optional<std::tuple<uintptr_t, Strides4, int64_t>>& dbias) {
+    AttentionBwdArgs a{};
+    fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
+    a.out = in<void>(std::get<0>(result)), a.out_strides = leading(std::get<1>(result));
+    a.dout = in<void>(std::get<0>(dout)), a.dout_strides = leading(std::get<1>(dout));
+    a.lse = in<float>(lse), a.dlse = in<float>(dlse), a.delta = out<float>(delta);
+    a.dq = out<void>(std::get<0>(dq)), a.dq_strides = leading(std::get<1>(dq));
+    a.dk = out<void>(std::get<0>(dk)), a.dk_strides = leading(std::get<1>(dk));
+    a.dv = out<void>(std::get<0>(dv)), a.dv_strides = leading(std::get<1>(dv));
+    if (dbias) {
+        a.dbias = out<float>(std::get<0>(*dbias));
+        a.dbias_strides = std::get<1>(*dbias), a.dbias_size = std::get<2>(*dbias);
+    }
+    py::gil_scoped_release release;
+    kernels().attention_bwd(a);
 }
 
 }  // namespace
@@ -137,6 +160,7 @@ void bind_attention(py::module_& m) {
     m.attr("UNBOUNDED") = kUnbounded;
     m.def("attention_fwd", &attention_fwd,
           "Each tensor is (address, strides); band is (left, right, offset).");
+    m.def("attention_bwd", &attention_bwd, "As attention_fwd, then the gradients.");
 }
 
 }  // namespace fastattn

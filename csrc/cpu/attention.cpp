@@ -20,57 +20,8 @@
 namespace {
 
 constexpr int kBlockN = 256;
-constexpr int kPanel = kTileVectors * kLanes;  // keys or columns of a tile
 constexpr int kTaskRows = 192;
 constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// How one storage type is multiplied: T is stored, Dot multiplies.
-template <class T, class Dot>
-struct Operand {
-    typedef typename Dot::Element Element;
-    static constexpr int kPair = Dot::kPair;  // elements of T in one Element
-
-    // Rows of Q, padded with zeros.
-    static void pack_row(const T* from, int64_t count, int64_t padded, Element* to) {
-        if constexpr (kPair == 1) {
-            for (int64_t n = 0; n < padded; n += kLanes) store(to + n, load(from + n, count - n));
-        } else {
-            std::memset(to, 0, padded * sizeof(Element));
-            std::memcpy(to, from, count * sizeof(T));
-        }
-    }
-
-    // Panels of K^T: (panel, head_dim / kPair, kPanel).
-    static void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t depth,
-                          int64_t padded_depth, Element* to) {
-        for (int64_t j = 0; j < keys; j += kPanel, to += padded_depth * kPanel) {
-            if constexpr (kPair == 1)
-                pack_transposed(k + j * stride, stride, keys - j, depth, padded_depth, to, kPanel);
-            else
-                pack_transposed_pairs(k + j * stride, stride, keys - j, depth, padded_depth,
-                                      (float*)to, kPanel);
-        }
-    }
-
-    // V for products over keys: (keys / kPair, padded_width), zeros beyond.
-    static void pack_values(const T* v, int64_t stride, int64_t keys, int64_t width,
-                            int64_t padded_width, Element* to) {
-        for (int64_t j = 0; j < keys; j += kPair, to += padded_width) {
-            for (int64_t n = 0; n < padded_width; n += kLanes) {
-                if constexpr (kPair == 1) {
-                    store(to + n, load(v + j * stride + n, width - n));
-                } else {
-                    UintVec low = load_bits(v + j * stride + n, width - n);
-                    UintVec high = {};
-                    if (j + 1 < keys) high = load_bits(v + (j + 1) * stride + n, width - n);
-                    store((float*)to + n, (Vec)(low | (high << 16)));
-                }
-            }
-        }
-    }
-};
 
 // One row of a task.
 struct Row {
@@ -119,7 +70,7 @@ class Task {
     typedef typename Dot::Element Element;
     static constexpr int kPair = Dot::kPair;
 
-   public:
+  public:
     explicit Task(const AttentionFwdArgs& args)
         : a(args),
           features(has_features(args)),
@@ -182,7 +133,7 @@ class Task {
         }
     }
 
-   private:
+  private:
     void begin(int64_t b, int64_t head_kv, int64_t first, int64_t count, bool with_sink) {
         const int64_t group = a.heads / a.heads_kv;
         const int64_t padded = round_up(count, kTileRows);
@@ -312,8 +263,8 @@ class Task {
         const Row& one = row[r];
         const float sum = row_sum[r];
         const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-        T* out = (T*)a.out + b * a.out_strides[0] + one.h * a.out_strides[1] +
-                 one.i * a.out_strides[2];
+        T* out =
+            (T*)a.out + b * a.out_strides[0] + one.h * a.out_strides[1] + one.i * a.out_strides[2];
         for (int64_t n = 0; n < a.head_dim_v; n += kLanes)
             store(out + n, load(acc + r * width + n) * factor, a.head_dim_v - n);
         a.lse[(b * a.heads + one.h) * a.seqlen_q + one.i] =
@@ -338,7 +289,8 @@ void forward(const AttentionFwdArgs& a) {
     const int threads = omp_get_max_threads();
     // Smaller tasks where there would be too few for balance, but no smaller than two tiles.
     int64_t task_rows = kTaskRows;
-    while (task_rows > 4 * kTileRows && heads * ((group_rows + task_rows - 1) / task_rows) < 4 * threads)
+    while (task_rows > 4 * kTileRows &&
+           heads * ((group_rows + task_rows - 1) / task_rows) < 4 * threads)
         task_rows -= 2 * kTileRows;
     const int64_t blocks = (group_rows + task_rows - 1) / task_rows;
     const int64_t tasks = heads * blocks;
@@ -381,9 +333,12 @@ void forward(const AttentionFwdArgs& a) {
 
 void attention_fwd(const AttentionFwdArgs& a) {
     switch (a.dtype) {
-        case DType::float32: return forward<float, DotF32>(a);
-        case DType::float16: return forward<F16, DotF32>(a);
-        case DType::bfloat16: break;
+        case DType::float32:
+            return forward<float, DotF32>(a);
+        case DType::float16:
+            return forward<F16, DotF32>(a);
+        case DType::bfloat16:
+            break;
     }
 #if FASTATTN_AVX512_BF16
     return forward<BF16, DotBF16>(a);

@@ -1,4 +1,5 @@
-// What both directions of attention share: which keys a query sees, and its scores' features.
+// What both directions of attention share: how operands are packed, which keys a query sees, and
+// the features of its scores.
 // Included inside a target region.
 #pragma once
 
@@ -8,6 +9,56 @@
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+constexpr int kPanel = kTileVectors * kLanes;  // keys or columns of a tile
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How one storage type is multiplied: T is stored, Dot multiplies.
+template <class T, class Dot>
+struct Operand {
+    typedef typename Dot::Element Element;
+    static constexpr int kPair = Dot::kPair;  // elements of T in one Element
+
+    // Rows of Q, padded with zeros.
+    static void pack_row(const T* from, int64_t count, int64_t padded, Element* to) {
+        if constexpr (kPair == 1) {
+            for (int64_t n = 0; n < padded; n += kLanes) store(to + n, load(from + n, count - n));
+        } else {
+            std::memset(to, 0, padded * sizeof(Element));
+            std::memcpy(to, from, count * sizeof(T));
+        }
+    }
+
+    // Panels of K^T: (panel, head_dim / kPair, kPanel).
+    static void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t depth,
+                          int64_t padded_depth, Element* to) {
+        for (int64_t j = 0; j < keys; j += kPanel, to += padded_depth * kPanel) {
+            if constexpr (kPair == 1)
+                pack_transposed(k + j * stride, stride, keys - j, depth, padded_depth, to, kPanel);
+            else
+                pack_transposed_pairs(k + j * stride, stride, keys - j, depth, padded_depth,
+                                      (float*)to, kPanel);
+        }
+    }
+
+    // V for products over keys: (keys / kPair, padded_width), zeros beyond.
+    static void pack_values(const T* v, int64_t stride, int64_t keys, int64_t width,
+                            int64_t padded_width, Element* to) {
+        for (int64_t j = 0; j < keys; j += kPair, to += padded_width) {
+            for (int64_t n = 0; n < padded_width; n += kLanes) {
+                if constexpr (kPair == 1) {
+                    store(to + n, load(v + j * stride + n, width - n));
+                } else {
+                    UintVec low = load_bits(v + j * stride + n, width - n);
+                    UintVec high = {};
+                    if (j + 1 < keys) high = load_bits(v + (j + 1) * stride + n, width - n);
+                    store((float*)to + n, (Vec)(low | (high << 16)));
+                }
+            }
+        }
+    }
+};
+
 struct KeyRange {
     int64_t begin, end;
 };
@@ -15,7 +66,8 @@ struct KeyRange {
 // The keys that query i of sequence b may see by the band and the lengths.
 inline KeyRange visible_keys(const AttentionArgs& a, int64_t b, int64_t i) {
     const int64_t center = i + (a.offsets ? a.offsets[b] : a.offset);
-    const int64_t seqlen_k = a.seqlens_k ? std::min<int64_t>(a.seqlens_k[b], a.seqlen_k) : a.seqlen_k;
+    const int64_t seqlen_k =
+        a.seqlens_k ? std::min<int64_t>(a.seqlens_k[b], a.seqlen_k) : a.seqlen_k;
     int64_t begin = 0, end = std::max<int64_t>(seqlen_k, 0);
     if (a.window_left < kUnbounded) begin = std::max(begin, center - a.window_left);
     if (a.window_right < kUnbounded) end = std::min(end, center + a.window_right + 1);
@@ -98,7 +150,8 @@ inline void apply_dropout(const AttentionArgs& a, int64_t b, int64_t h, int64_t 
         philox_words(a.dropout.seed, block, uint32_t(i), uint32_t(h), uint32_t(b), words);
         const int64_t begin = std::max(j, block * 64), end = std::min(j + count, block * 64 + 64);
         for (int64_t at = begin; at < end; ++at)
-            weights[at - j] =
-                words[at - block * 64] >= a.dropout.threshold ? weights[at - j] * a.dropout.scale : 0.0f;
+            weights[at - j] = words[at - block * 64] >= a.dropout.threshold
+                                  ? weights[at - j] * a.dropout.scale
+                                  : 0.0f;
     }
 }

@@ -4,12 +4,14 @@
 #include "cpu/target_begin.h"
 
 void attention_fwd(const AttentionFwdArgs&);
+void attention_bwd(const AttentionBwdArgs&);
 void softmax_fwd(const SoftmaxFwdArgs&);
 void softmax_bwd(const SoftmaxBwdArgs&);
 
 const Kernels kernels = {
     .vector_bytes = FASTATTN_VECTOR_BYTES,
     .attention_fwd = attention_fwd,
+    .attention_bwd = attention_bwd,
     .softmax_fwd = softmax_fwd,
     .softmax_bwd = softmax_bwd,
 };

@@ -12,6 +12,7 @@ namespace fastattn {
 struct Kernels {
     int64_t vector_bytes;
     void (*attention_fwd)(const AttentionFwdArgs&);
+    void (*attention_bwd)(const AttentionBwdArgs&);
     void (*softmax_fwd)(const SoftmaxFwdArgs&);
     void (*softmax_bwd)(const SoftmaxBwdArgs&);
 };

@@ -19,9 +19,9 @@
 
 #include "cpu/target_begin.h"
 
-#include "cpu/vec.h"
 #include "cpu/philox.h"
 #include "cpu/scratch.h"
+#include "cpu/vec.h"
 
 namespace {
 
@@ -136,8 +136,8 @@ float max_of(const float* scores, int64_t n) {
     return reduce_max(top);
 }
 
-// Adds up kLanes sums, of `value(j)` for j = 0, kLanes, ... below n, in runs of kSumRun, so that the
-// rounding error does not grow with n.
+// Adds up kLanes sums, of `value(j)` for j = 0, kLanes, ... below n, in runs of kSumRun, so that
+// the rounding error does not grow with n.
 template <class Value>
 FASTATTN_INLINE float sum_of(int64_t n, Value value) {
     Vec total = splat(0.0f);
@@ -222,8 +222,8 @@ void softmax_rows(const SoftmaxFwdArgs& args, RowCursor<3>& cursor, int64_t begi
         if (weights) weights += row * columns;
         const int64_t n =
             args.causal ? std::min(columns, row % args.shape.matrix_rows + 1) : columns;
-        float top = load_scores(static_cast<const T*>(args.x) + cursor.offset[0], n, args.scale,
-                                scores);
+        float top =
+            load_scores(static_cast<const T*>(args.x) + cursor.offset[0], n, args.scale, scores);
         if (args.bias) {
             const int64_t at = cursor.offset[2];
             if (args.bias_dtype == args.dtype) {
@@ -261,8 +261,8 @@ void softmax_fwd_of(const SoftmaxFwdArgs& args) {
     const SoftmaxShape& shape = args.shape;
     RowCursor<3> rows;
     for (int dim = 0; dim < shape.rank; ++dim) {
-        rows.add_dim(shape.sizes[dim], {args.x_strides[dim], args.mask_strides[dim],
-                                        args.bias_strides[dim]});
+        rows.add_dim(shape.sizes[dim],
+                     {args.x_strides[dim], args.mask_strides[dim], args.bias_strides[dim]});
     }
     rows.collapse();
     const int64_t step = std::max<int64_t>(1, kTaskElements / shape.columns);

@@ -50,7 +50,7 @@ struct SoftmaxBwdArgs {
     Dropout dropout;
     void* dx;  // contiguous
     DType bias_dtype;
-    void* dbias;  // contiguous in the bias's shape, or null
+    void* dbias;                      // contiguous in the bias's shape, or null
     bool bias_kept[kSoftmaxMaxRank];  // dims that the bias has; it is broadcast over the others
     bool bias_columns;                // the last dim alike
 };

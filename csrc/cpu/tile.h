@@ -3,8 +3,6 @@
 
 #include "cpu/vec.h"
 
-
-
 // Rows and vectors of a full tile: accumulators, a row of B and a broadcast fill the registers
 // (32 of AVX-512 and NEON, 16 of AVX2 and SSE).
 constexpr int kTileRows = (FASTATTN_AVX512 || FASTATTN_NEON) ? 12 : 6;
@@ -26,7 +24,8 @@ struct DotBF16 {
     typedef BF16Pair Element;
     static constexpr int kPair = 2;
     FASTATTN_INLINE static Vec step(const BF16Pair* a, Vec b, Vec c) {
-        return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a->bits), (__m512bh)b);
+        return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a->bits),
+                                     (__m512bh)b);
     }
 };
 #endif
@@ -44,7 +43,8 @@ FASTATTN_INLINE void tile(const typename Dot::Element* a, int64_t a_row, int64_t
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-            for (int n = 0; n < kVectors; ++n) acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]);
+            for (int n = 0; n < kVectors; ++n)
+                acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]);
     }
 }
 
@@ -52,8 +52,8 @@ FASTATTN_INLINE void tile(const typename Dot::Element* a, int64_t a_row, int64_t
 FASTATTN_INLINE void zip(Vec a, Vec b, Vec& low, Vec& high) {
 #if FASTATTN_AVX512
     low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
-                                   31);
+    high =
+        __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #elif FASTATTN_AVX2
     low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
     high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);

@@ -197,7 +197,8 @@ FASTATTN_INLINE Vec tanh(Vec x) {
     Vec large = (1.0f - e) / (1.0f + e);
     Vec square = x * x;
     // Taylor near 0, where 1 - e would cancel.
-    Vec small = size * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315))));
+    Vec small =
+        size * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315))));
     Vec result = select(size < splat(0.25f), small, large);
     return (Vec)((UintVec)result | ((UintVec)x & 0x80000000u));
 }

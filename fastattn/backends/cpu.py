@@ -35,7 +35,7 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"device={problem.device}, only cpu")
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
-    if problem.op not in ("attention_fwd", "softmax_fwd", "softmax_bwd"):
+    if problem.op not in ("attention_fwd", "attention_bwd", "softmax_fwd", "softmax_bwd"):
         reasons.append(f"no kernel for {problem.op}")
     if problem.op.startswith("attention"):
         for name in ("head_dim", "head_dim_v"):
@@ -69,12 +69,24 @@ def _broadcast_address(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(0 if size == 1 else stride for size, stride in strides)
 
 
-def _band(problem) -> tuple[int, int, int]:
+def _call(problem, t, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """The arguments that both directions of attention share."""
     left, right = problem.window_left, problem.window_right
     return (
-        _UNBOUNDED if left is None else left,
-        _UNBOUNDED if right is None else right,
-        problem.offset,
+        _DTYPES[problem.dtype],
+        tuple(problem[3:10]),
+        (q.data_ptr(), q.stride()),
+        (k.data_ptr(), k.stride()),
+        (v.data_ptr(), v.stride()),
+        problem.softmax_scale,
+        problem.softcap,
+        (
+            _UNBOUNDED if left is None else left,
+            _UNBOUNDED if right is None else right,
+            problem.offset,
+        ),
+        _features(problem, t),
+        problem.deterministic,
     )
 
 
@@ -90,7 +102,10 @@ def _features(problem, t):
         features.bias_dtype = _DTYPES[t.bias.dtype]
     if t.alibi_slopes is not None:
         strides = t.alibi_slopes.stride()
-        features.alibi_slopes = t.alibi_slopes.data_ptr(), strides if len(strides) == 2 else (0, *strides)
+        features.alibi_slopes = (
+            t.alibi_slopes.data_ptr(),
+            strides if len(strides) == 2 else (0, *strides),
+        )
     for name, tensor in (("sinks", t.sinks), ("offsets", t.offset), ("seqlens_k", t.seqlens_k)):
         if tensor is not None:
             setattr(features, name, tensor.data_ptr())
@@ -120,21 +135,45 @@ def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
     out = torch.empty_strided((batch, heads, seqlen_q, head_dim_v), strides, dtype=problem.dtype)
     lse = torch.empty((batch, heads, seqlen_q))
     if lse.numel():
-        _C.attention_fwd(
-            _DTYPES[problem.dtype],
-            (batch, heads, problem.heads_kv, seqlen_q, problem.seqlen_k, problem.head_dim, head_dim_v),
-            (q.data_ptr(), q.stride()),
-            (k.data_ptr(), k.stride()),
-            (v.data_ptr(), v.stride()),
-            problem.softmax_scale,
-            problem.softcap,
-            _band(problem),
-            _features(problem, t),
-            problem.deterministic,
-            (out.data_ptr(), strides),
-            lse.data_ptr(),
-        )
+        _C.attention_fwd(*_call(problem, t, q, k, v), (out.data_ptr(), strides), lse.data_ptr())
     return out, lse
+
+
+def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, bias and sinks, absent ones None."""
+    dq, dk, dv = torch.empty_like(t.q), torch.empty_like(t.k), torch.empty_like(t.v)
+    grads = [_unit_last_stride(grad) for grad in (dq, dk, dv)]
+    q, k, v = _unit_last_stride(t.q), _unit_last_stride(t.k), _unit_last_stride(t.v)
+    out, dout = _unit_last_stride(out), _unit_last_stride(dout)
+    t = _contiguous_vectors(t)
+    delta = torch.empty_like(lse)
+    dbias = wide_dbias = None
+    if problem.bias_grad:
+        wide_dbias = torch.zeros(t.bias.shape)
+        dbias = (*_broadcast_address(wide_dbias), wide_dbias.numel())
+    if lse.numel() and problem.seqlen_k:
+        _C.attention_bwd(
+            *_call(problem, t, q, k, v),
+            _address(out),
+            lse.contiguous().data_ptr(),
+            _address(dout),
+            0 if dlse is None else (dlse := dlse.contiguous()).data_ptr(),
+            delta.data_ptr(),
+            *map(_address, grads),
+            dbias,
+        )
+    else:
+        for grad in grads:
+            grad.zero_()
+        delta = torch.zeros_like(lse) if dlse is None else -dlse
+    for grad, strided in zip((dq, dk, dv), grads):
+        if grad is not strided:
+            grad.copy_(strided)
+    dsinks = None
+    if t.sinks is not None:
+        weight = torch.where(lse.isneginf(), 0.0, torch.exp(t.sinks.view(1, -1, 1) - lse))
+        dsinks = -(weight * delta).sum((0, 2))
+    return dq, dk, dv, None if wide_dbias is None else wide_dbias.to(t.bias.dtype), dsinks
 
 
 def _pointer(tensor: Tensor | None) -> int:
