@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastattn
 from fastattn.models import Transformer, load_torch
 
 SMALL = {
@@ -27,6 +28,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def preferred(backend):
+    """One backend and instruction set at a time; what its kernels refuse runs on the reference."""
+    with fastattn.use_backend("reference" if backend == "reference" else None):
+        yield
 
 
 @pytest.fixture

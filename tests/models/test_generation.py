@@ -40,7 +40,7 @@ def test_cached_equals_recomputed(small, tokens, mode, norm_first):
     assert 1 <= results[0].shape[1] <= 12
 
 
-def test_greedy_takes_the_most_probable(backend, small, tokens):
+def test_greedy_takes_the_most_probable(preferred, small, tokens):
     model = _sharpen(small())
     src = tokens(3, 8)
     src[1, 5:] = 0

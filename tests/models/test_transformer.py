@@ -48,7 +48,7 @@ def test_equals_stock_torch(small, stock, tokens, norm_first, bias, activation):
             close(grad, model.get_parameter(name).grad)
 
 
-def test_equals_stock_torch_on_every_backend(backend, small, stock, tokens):
+def test_equals_stock_torch_on_every_backend(preferred, small, stock, tokens):
     model = small(norm_first=True).train()
     twin = stock(model)
     src, tgt = _pad(tokens(3, 9)), tokens(3, 7)
