@@ -19,7 +19,18 @@ struct F16 {
     uint16_t bits;
 };
 
-FASTATTN_INLINE Vec splat(float x) { return Vec{} + x; }
+// Not Vec{} + x, which adds: -0 + 0 is 0.
+FASTATTN_INLINE Vec splat(float x) {
+#if FASTATTN_AVX512
+    return (Vec)_mm512_set1_ps(x);
+#elif FASTATTN_AVX2
+    return (Vec)_mm256_set1_ps(x);
+#elif FASTATTN_X86
+    return (Vec)_mm_set1_ps(x);
+#else
+    return (Vec)vdupq_n_f32(x);
+#endif
+}
 FASTATTN_INLINE IntVec lane_index() {
     IntVec v;
     for (int i = 0; i < kLanes; ++i) v[i] = i;
