@@ -13,10 +13,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.py' -o -name '*.cpp' \
-	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed')
+	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint format bench clean
 
 # Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
 demo: $(VENV)/demo
@@ -30,6 +30,11 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/dev
 	cd bench && '$(CURDIR)/$(BIN)/pytest' .

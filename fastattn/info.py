@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _backends() -> dict[str, dict[str, Any]]:
     with torch.no_grad():
         for device in devices:
             x = torch.ones(8, 64, device=device)
-            samples = {
+            samples: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
                 "attention": (fastattn.attention, (x.view(1, 1, 8, 64),) * 3),
                 "softmax": (fastattn.softmax, (x,)),
                 "ffn": (fastattn.ffn, (x, x.new_ones(64, 64), None, x.new_ones(64, 64), None)),

@@ -38,9 +38,9 @@ def keep_mask(
     counter = (16 * (j // 64) + j % 16, rows[..., None], high[..., None], highest[..., None])
     key = int(seed)
     words = _philox(counter, (key & _MASK, (key >> 32) & _MASK))
-    words = torch.stack(torch.broadcast_tensors(*words))
-    chosen = ((j // 16) % 4).expand(words.shape[1:])[None]
-    return words.gather(0, chosen)[0] >= threshold(dropout_p)
+    stacked = torch.stack(torch.broadcast_tensors(*words))
+    chosen = ((j // 16) % 4).expand(stacked.shape[1:])[None]
+    return stacked.gather(0, chosen)[0] >= threshold(dropout_p)
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ def attention(q, k, v, *, softmax_scale=None, causal=False, window=(None, None),
               mask=None, bias=None, alibi_slopes=None, softcap=None, sinks=None, dropout_p=0.0,
               seed=None, seqlens_k=None, first_batch=0, **_):  # fmt: skip
     """(out, lse) of dense attention in the dtype of q, differentiable."""
-    batch, heads, seqlen_q, head_dim = q.shape
+    _, heads, seqlen_q, head_dim = q.shape
     group = heads // max(k.shape[1], 1)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = max(head_dim, 1) ** -0.5 if softmax_scale is None else softmax_scale

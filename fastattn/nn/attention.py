@@ -113,7 +113,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 weights = F.dropout(weights, dropout_p)
             out = weights @ v
         else:
-            out = attention(q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p)
+            out = attention(  # type: ignore[assignment]
+                q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p
+            )
         if seq_first:
             out = out.permute(2, 0, 1, 3).reshape(seqlen_q, batch, self.embed_dim)
         else:
@@ -137,7 +139,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         values, cu_seqlens, max_seqlen = nested.pack(query)
         q, k, v = self._project(values, values, values)
-        out = attention(
+        out: Tensor = attention(  # type: ignore[assignment]
             q,
             k,
             v,

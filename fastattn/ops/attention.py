@@ -89,7 +89,7 @@ def attention(
             common.check_tensor(name, value)
     device_type = q.device.type
     if common.autocast_enabled(device_type):
-        q, k, v = common.autocast(device_type, q, k, v)
+        q, k, v = common.autocast(device_type, q, k, v)  # type: ignore[assignment]
     left, right = window
     if causal:
         right = 0 if right is None else min(right, 0)

@@ -115,6 +115,7 @@ def check(
     deterministic: bool,
     bias_grad: bool = False,
 ) -> AttentionProblem:
+    """The problem of a call; raises ValueError or TypeError, naming the argument that is wrong."""
     q, k, v = t.q, t.k, t.v
     packed = t.cu_seqlens_q is not None
     paged = t.block_table is not None

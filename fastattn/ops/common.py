@@ -105,5 +105,6 @@ def _returning_tensor(fn: Callable) -> Callable:
     def declared():
         raise NotImplementedError
 
-    declared.__signature__ = inspect.signature(fn).replace(return_annotation=Tensor)
+    signature = inspect.signature(fn).replace(return_annotation=Tensor)
+    declared.__signature__ = signature  # type: ignore[attr-defined]
     return declared

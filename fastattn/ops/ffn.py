@@ -196,8 +196,11 @@ def _fwd(
     dropout_p: float,
     save: str,
 ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """y (rows, d_out), and what `save` keeps: preact (rows, d_ff) or, gated, (2, rows, d_ff);
-    hidden (rows, d_ff), after the activation and the dropout."""
+    """The output (rows, d_out), and what `save` keeps.
+
+    That is preact (rows, d_ff) or, gated, (2, rows, d_ff); hidden (rows, d_ff), after the
+    activation and the dropout.
+    """
     t = FFNTensors(x, w1, b1, w_up, w2, b2, seed)
     problem = _check("fwd", t, activation, dropout_p, save)
     return dispatch.select(problem).ffn_fwd(problem, t)
@@ -233,7 +236,7 @@ def _fwd_library(*args):
 def _fwd_meta(*args):
     t = FFNTensors(*args[:7])
     problem = _check("fwd", t, *args[7:])
-    preact = (problem.rows, problem.d_ff)
+    preact: tuple[int, ...] = (problem.rows, problem.d_ff)
     if t.w_up is not None:
         preact = (2, *preact)
     return (

@@ -157,7 +157,7 @@ def _bwd(
     dropout_p: float,
     log: bool,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Optional[Tensor]]:
     t = SoftmaxTensors(x, mask, bias, seed)
     problem = _check("softmax_bwd", t, scale, causal, dropout_p, log, bias_grad)
     t = t._replace(mask=common.as_rank(mask, x.dim()), bias=common.as_rank(bias, x.dim()))
