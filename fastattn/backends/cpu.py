@@ -41,8 +41,8 @@ def unsupported(problem) -> list[str]:
         for name in ("head_dim", "head_dim_v"):
             if getattr(problem, name) > MAX_HEAD_DIM:
                 reasons.append(f"{name}={getattr(problem, name)} > {MAX_HEAD_DIM}")
-        if problem.packed:
-            reasons.append("cu_seqlens_q: no kernel for packed sequences")
+        if problem.packed and problem.dropout_p:
+            reasons.append("cu_seqlens_q: no dropout in packed sequences")
         if problem.page_size:
             reasons.append("block_table: no kernel for a paged cache")
         if problem.bias == torch.float64:
@@ -125,8 +125,55 @@ def _contiguous_vectors(t):
     )
 
 
+def _sequences(problem, t):
+    """Of each packed sequence its rows of q and of k, and its own call."""
+    starts_q, starts_k = t.cu_seqlens_q.tolist(), t.cu_seqlens_k.tolist()
+    for b in range(problem.batch):
+        rows = slice(starts_q[b], starts_q[b + 1])
+        columns = slice(starts_k[b], starts_k[b + 1])
+        one = t._replace(
+            q=t.q[rows].transpose(0, 1)[None],
+            k=t.k[columns].transpose(0, 1)[None],
+            v=t.v[columns].transpose(0, 1)[None],
+            offset=None if t.offset is None else t.offset[b, None],
+            seqlens_k=None if t.seqlens_k is None else t.seqlens_k[b, None],
+        )
+        if t.alibi_slopes is not None and t.alibi_slopes.dim() == 2:
+            one = one._replace(alibi_slopes=t.alibi_slopes[b, None])
+        lengths = {"seqlen_q": one.q.shape[2], "seqlen_k": one.k.shape[2]}
+        yield rows, columns, problem._replace(packed=False, batch=1, **lengths), one
+
+
+def _packed_fwd(problem, t) -> tuple[Tensor, Tensor]:
+    out = t.q.new_empty((*t.q.shape[:2], problem.head_dim_v))
+    lse = torch.empty(t.q.shape[1::-1])
+    for rows, _, problem_of_one, one in _sequences(problem, t):
+        out_of_one, lse_of_one = attention_fwd(problem_of_one, one)
+        out[rows], lse[:, rows] = out_of_one[0].transpose(0, 1), lse_of_one[0]
+    return out, lse
+
+
+def _packed_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = (torch.empty_like(tensor) for tensor in t[:3])
+    dsinks = None if t.sinks is None else torch.zeros_like(t.sinks)
+    for rows, columns, problem_of_one, one in _sequences(problem, t):
+        results = (out[rows].transpose(0, 1)[None], lse[None, :, rows])
+        cotangents = (
+            dout[rows].transpose(0, 1)[None],
+            None if dlse is None else dlse[None, :, rows],
+        )
+        grads: Any = attention_bwd(problem_of_one, one, *results, *cotangents)
+        for whole, part, grad in zip((dq, dk, dv), (rows, columns, columns), grads):
+            whole[part] = grad[0].transpose(0, 1)
+        if dsinks is not None:
+            dsinks += grads[4]
+    return dq, dk, dv, None, dsinks
+
+
 def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of attention (see `fastattn.attention`)."""
+    if problem.packed:
+        return _packed_fwd(problem, t)
     q, k, v = _unit_last_stride(t.q), _unit_last_stride(t.k), _unit_last_stride(t.v)
     t = _contiguous_vectors(t)
     batch, heads, seqlen_q = problem.batch, problem.heads, problem.seqlen_q
@@ -141,11 +188,14 @@ def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
 
 def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sinks, absent ones None."""
+    if problem.packed:
+        return _packed_bwd(problem, t, out, lse, dout, dlse)
     dq, dk, dv = torch.empty_like(t.q), torch.empty_like(t.k), torch.empty_like(t.v)
     grads = [_unit_last_stride(grad) for grad in (dq, dk, dv)]
     q, k, v = _unit_last_stride(t.q), _unit_last_stride(t.k), _unit_last_stride(t.v)
     out, dout = _unit_last_stride(out), _unit_last_stride(dout)
     t = _contiguous_vectors(t)
+    lse = lse.contiguous()
     delta = torch.empty_like(lse)
     dbias = wide_dbias = None
     if problem.bias_grad:
@@ -155,7 +205,7 @@ def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]
         _C.attention_bwd(
             *_call(problem, t, q, k, v),
             _address(out),
-            lse.contiguous().data_ptr(),
+            lse.data_ptr(),
             _address(dout),
             0 if dlse is None else (dlse := dlse.contiguous()).data_ptr(),
             delta.data_ptr(),
