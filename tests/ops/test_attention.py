@@ -237,6 +237,32 @@ def test_packed(backend, causal):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        dict(offset=torch.tensor([3, -2, 0], dtype=torch.int32)),
+        dict(seqlens_k=torch.tensor([4, 0, 100], dtype=torch.int32), window=(20, 3)),
+        dict(alibi_slopes=torch.rand(3, 4), sinks=torch.randn(4)),
+        dict(dropout_p=0.3, seed=5),
+    ],
+    ids=lambda extra: "-".join(extra),
+)
+def test_packed_features(backend, extra):
+    """Each packed sequence gets its own entry of the tensors that have one a sequence."""
+    starts_q, starts_k = torch.tensor([[0, 7, 8, 40], [0, 9, 9, 130]], dtype=torch.int32)
+    q, k, v = (torch.randn(total, 4, 16, requires_grad=True) for total in (40, 130, 130))
+    kwargs = dict(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, return_lse=True, **extra)
+    skip_if_refused(backend, q, k, v, **kwargs)
+    results = []
+    for name in (backend, "reference"):
+        with fastattn.use_backend(name):
+            out, lse = fastattn.attention(q, k, v, **kwargs)
+        loss = out.square().sum() + lse.masked_fill(lse.isneginf(), 0.0).sum()
+        results.append((out, lse, *torch.autograd.grad(loss, (q, k, v))))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_paged(backend):
     block_table = torch.tensor([[2, 0, 5], [4, 1, 3]], dtype=torch.int32)
     seqlens_k = torch.tensor([41, 17], dtype=torch.int32)
