@@ -63,7 +63,7 @@ def _run(quick: bool, out: Path) -> int:
 
 def _compare(quick: bool) -> list[Comparison]:
     _title("Stock models, accelerated: fastattn.accelerate(model)")
-    workloads = [comparison.transformer(*((1, 1, 128) if quick else (6, 2, 256)))]
+    workloads = [comparison.transformer(*((1, 1, 128) if quick else (3, 2, 256)))]
     folder = minilm.find()
     if isinstance(folder, Path):
         workloads.append(_minilm(folder))
@@ -71,7 +71,7 @@ def _compare(quick: bool) -> list[Comparison]:
         print(f"without the MiniLM weights: {folder}")
     found = []
     for workload in workloads:
-        result = comparison.compare(workload, rounds=3 if quick else 7)
+        result = comparison.compare(workload, rounds=3 if quick else 5)
         found.append(result)
         print(f"{result.name}: {result.detail}")
         print(

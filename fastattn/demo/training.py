@@ -32,12 +32,12 @@ class Settings(NamedTuple):
     d_model: int = 128
     num_layers: int = 2
     num_heads: int = 4
-    d_ff: int = 512
+    d_ff: int = 256
     batch: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup: int = 100
-    steps: int = 1000
-    twin_steps: int = 150  # of these, with the stock twin beside
+    steps: int = 800
+    twin_steps: int = 120  # of these, with the stock twin beside
     evaluated: int = 1000  # examples, of the training's and of the held-out days each
 
 
