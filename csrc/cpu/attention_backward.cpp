@@ -1,435 +1,494 @@
-// Attention backward (FlashAttention-2, Dao, arXiv 2307.08691, section 3.1.2).
+// Attention backward (FlashAttention-2, Dao, arXiv 2307.08691, section 3.1): P is computed again
+// from lse, dS = P * (dP - delta) with delta = rowsum(dout * out) - dlse.
 //
-// A task owns the gradients of one key/value head, or of a chunk of its keys if there are fewer
-// heads than threads. For each block of kBlockN keys it visits the blocks of kBlockM queries that
-// see them, recomputes the weights P from lse, and accumulates in float32
-//     dV += P^T dO,  dS = P * (dO V^T - delta),  dK += scale dS^T Q,  dQ += scale dS K
-// with delta = rowsum(dO * O) - dlse. No two tasks write to one place, so that the order of every
-// sum is fixed. Cost: 6 * head_dim + 4 * head_dim_v flops per visible score.
+// A task owns one key/value head of one sequence: dK, dV and the dQ of its group. It walks the
+// keys in blocks, packs K and V once per block, and takes the queries that see the block in blocks
+// of kBlockM through five products: S, dP, dV, dK, dQ. With fewer heads than threads the keys are
+// split, and the parts of dQ summed in order.
+// Cost: 6 * head_dim + 4 * head_dim_v flops per visible score.
 #include "cpu/attention.h"
 
 #include <omp.h>
 
-#include <utility>
-
-#include <vector>
+#include <new>
 
 #include "cpu/simd.h"
 
 #include "cpu/target_begin.h"
 
+#include "cpu/attention_operands.h"
 #include "cpu/attention_scores.h"
 #include "cpu/scratch.h"
 
 namespace {
 
-constexpr int kBlockM = 96;
-constexpr int kBlockN = 96;
-constexpr int64_t kBiasWorkspace = int64_t(1) << 28;  // bytes of partial gradients of a bias
-static_assert(kBlockM % kTileRows == 0 && kBlockN % kTileRows == 0 && kBlockN % kPanel == 0);
+constexpr int64_t kBlockM = 96;                  // queries
+constexpr int64_t kBlockN = 192;                 // keys
+constexpr int64_t kScoresStride = kBlockN + 16;  // not a power of two: its rows share cache sets
+constexpr int64_t kSmallWork = 1 << 18;          // multiplications per product for one thread
+static_assert(kBlockM % kTileRows == 0 && kBlockN % kPanel == 0);
 
-// out[m] = or += A B for one panel of columns; see `tile` for A and B.
-template <class Dot, int kVectors, bool kAdd>
-void product_tile(const typename Dot::Element* a, int64_t a_row, int64_t a_k,
-                  const typename Dot::Element* b, int64_t b_k, int64_t k, float* out,
-                  int64_t out_stride) {
-    Vec acc[kTileRows][kVectors];
-    for (int m = 0; m < kTileRows; ++m)
-        for (int n = 0; n < kVectors; ++n)
-            acc[m][n] = kAdd ? load(out + m * out_stride + n * kLanes) : Vec{};
-    tile<Dot, kTileRows, kVectors>(a, a_row, a_k, b, b_k, k, acc);
-    for (int m = 0; m < kTileRows; ++m)
-        for (int n = 0; n < kVectors; ++n) store(out + m * out_stride + n * kLanes, acc[m][n]);
+const char* at(const void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h,
+               int64_t i) {
+    return (const char*)base + (b * strides[0] + h * strides[1] + i * strides[2]) * itemsize(dtype);
+}
+char* at(void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h, int64_t i) {
+    return const_cast<char*>(at((const void*)base, dtype, strides, b, h, i));
 }
 
-// kTileRows rows of out += A B, over all `width` columns.
+// Sizes that all tasks share.
 template <class Dot>
-void add_product(const typename Dot::Element* a, int64_t a_row, int64_t a_k,
-                 const typename Dot::Element* b, int64_t width, int64_t k, float* out) {
-    int64_t n = 0;
-    for (; n + kPanel <= width; n += kPanel)
-        product_tile<Dot, kTileVectors, true>(a, a_row, a_k, b + n, width, k, out + n, width);
-    for (; n < width; n += kLanes)
-        product_tile<Dot, 1, true>(a, a_row, a_k, b + n, width, k, out + n, width);
-}
+struct Layout {
+    int64_t group, blocks_m, block_n;
+    int64_t depth, depth_v;    // Elements of a row of Q and K, of V and dout
+    int64_t stride, stride_v;  // the same, padded
+    int64_t width, width_v;    // columns of the accumulators, padded to panels
+    int64_t block_dq;          // floats of the dQ of one block of queries
+    int64_t dq_size;           // floats of the dQ of one task
 
-template <class T, class Dot>
+    explicit Layout(const AttentionBwdArgs& a)
+        : group(a.heads / a.heads_kv),
+          blocks_m((a.seqlen_q + kBlockM - 1) / kBlockM),
+          // Half a block keeps a wide head's operands in the second-level cache.
+          block_n(std::max(a.head_dim, a.head_dim_v) > 128 ? kBlockN / 2 : kBlockN),
+          depth((a.head_dim + Dot::kPair - 1) / Dot::kPair),
+          depth_v((a.head_dim_v + Dot::kPair - 1) / Dot::kPair),
+          stride(round_up(depth, kLanes)),
+          stride_v(round_up(depth_v, kLanes)),
+          width(round_up(a.head_dim, kPanel)),
+          width_v(round_up(a.head_dim_v, kPanel)),
+          block_dq(kBlockM * width),
+          dq_size(group * blocks_m * block_dq) {}
+};
+
+template <class Dot>
 class Task {
-    typedef Operand<T, Dot> Ops;
     typedef typename Dot::Element Element;
     static constexpr int kPair = Dot::kPair;
 
   public:
-    explicit Task(const AttentionBwdArgs& args)
+    Task(const AttentionBwdArgs& args, const Layout<Dot>& layout, bool own_dq)
         : a(args),
+          l(layout),
           features(has_features(args)),
-          group(args.heads / args.heads_kv),
-          depth(round_up(args.head_dim, kPair) / kPair),
-          depth_v(round_up(args.head_dim_v, kPair) / kPair),
-          width(round_up(args.head_dim, kLanes)),
-          width_v(round_up(args.head_dim_v, kLanes)) {
-        int64_t at = 0;
-        const auto take = [&at](int64_t count) {
-            return std::exchange(at, at + round_up(count, 64));
+          plain(args.softcap == 0 && !args.dropout.threshold && !args.dbias),
+          log2_scale(features ? 1.0f : args.softmax_scale * kLog2E) {
+        const int64_t rows = l.group * l.blocks_m * kBlockM;
+        const auto place = [&](uintptr_t at) {
+            const uintptr_t begin = at;
+            const auto take = [&](auto*& pointer, int64_t count) {
+                pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+                at += round_up(count * sizeof(float), 64);
+            };
+            take(lse2, rows), take(correction, rows), take(delta, rows);
+            take(q_rows, kBlockM * l.stride), take(dout_rows, kBlockM * l.stride_v);
+            take(q_panels, kBlockM / kPair * l.width);
+            take(dout_panels, kBlockM / kPair * l.width_v);
+            take(staging, l.block_n * std::max(l.stride, l.stride_v));
+            take(k_transposed, l.block_n * l.depth), take(v_transposed, l.block_n * l.depth_v);
+            take(k_panels, l.block_n / kPair * l.width);
+            take(dk, l.block_n * l.width), take(dv, l.block_n * l.width_v);
+            take(p, kBlockM / kPair * kScoresStride), take(ds, kBlockM / kPair * kScoresStride);
+            take(ds_rows, kPair == 1 ? 0 : kBlockM / kPair * kScoresStride);
+            take(scores, kTileRows * kScoresStride), take(dp, kTileRows * kScoresStride);
+            take(capped, kBlockN), take(factors, kBlockN), take(bias_grad, kBlockN);
+            take(own, own_dq ? l.dq_size : 0);
+            return int64_t(at - begin);
         };
-        const int64_t tiles[] = {take(kBlockN * depth),          take(kBlockN * depth_v),
-                                 take(kBlockN / kPair * width),  take(kBlockM * depth + kLanes),
-                                 take(kBlockM / kPair * width),  take(kBlockM * depth_v + kLanes),
-                                 take(kBlockM / kPair * width_v)};
-        Element* elements = scratch<Element>(at, 0);
-        k_panels = elements + tiles[0], v_panels = elements + tiles[1],
-        k_rows = elements + tiles[2];
-        q_left = elements + tiles[3], q_right = elements + tiles[4];
-        dout_left = elements + tiles[5], dout_right = elements + tiles[6];
-        dk = scratch<float>(kBlockN * (width + width_v), 1);
-        dv = dk + kBlockN * width;
-        p = scratch<float>(2 * kBlockM * kBlockN, 2);
-        ds = p + kBlockM * kBlockN;
-        if constexpr (kPair == 2) {
-            p_pairs = scratch<Element>(3 * kBlockM * kBlockN / 2, 4);
-            ds_pairs = p_pairs + kBlockM * kBlockN / 2;
-            ds_rows = ds_pairs + kBlockM * kBlockN / 2;
-        }
+        place(reinterpret_cast<uintptr_t>(scratch<char>(place(0), 4)));
+        if (kPair == 1) ds_rows = ds;
     }
 
-    // Keys [begin, end) of key/value head (b, head_kv); dq (group * seqlen_q, width) is added to.
-    void run(int64_t b, int64_t head_kv, int64_t begin, int64_t end, float* dq, float* dbias) {
-        const T* k = (const T*)a.k + b * a.k_strides[0] + head_kv * a.k_strides[1];
-        const T* v = (const T*)a.v + b * a.v_strides[0] + head_kv * a.v_strides[1];
-        for (int64_t j = begin; j < end; j += kBlockN) {
-            const int64_t size = std::min<int64_t>(kBlockN, end - j);
-            const T *k_block = k + j * a.k_strides[2], *v_block = v + j * a.v_strides[2];
-            Ops::pack_keys(k_block, a.k_strides[2], size, a.head_dim, depth, k_panels);
-            Ops::pack_keys(v_block, a.v_strides[2], size, a.head_dim_v, depth_v, v_panels);
-            Ops::pack_values(k_block, a.k_strides[2], size, a.head_dim, width, k_rows);
-            const int64_t padded = round_up(size, kPair) / kPair;
-            std::memset((void*)(k_rows + padded * width), 0,
-                        (kBlockN / kPair - padded) * width * sizeof(Element));
-            std::memset(dk, 0, kBlockN * (width + width_v) * sizeof(float));
-            for (int64_t g = 0; g < group; ++g)
-                for (int64_t i = 0; i < a.seqlen_q; i += kBlockM)
-                    query_block(b, head_kv * group + g, i, j, size,
-                                dq + (g * a.seqlen_q + i) * width, dbias);
-            write_rows(dk, width, size, a.head_dim, a.dk, a.dk_strides, b, head_kv, j);
-            write_rows(dv, width_v, size, a.head_dim_v, a.dv, a.dv_strides, b, head_kv, j);
-        }
+    // Keys [key_begin, key_end) of key/value head (b, head_kv). dQ, unscaled, goes to `part`;
+    // without one it is finished and stored.
+    void run(int64_t b, int64_t head_kv, int64_t key_begin, int64_t key_end, float* part) {
+        float* dq = part ? part : own;
+        std::memset(dq, 0, l.dq_size * sizeof(float));
+        prepare_rows(b, head_kv, key_begin == 0);
+        for (int64_t j = key_begin; j < key_end; j += l.block_n)
+            key_block(b, head_kv, j, std::min(l.block_n, key_end - j), dq);
+        if (!part)
+            for (int64_t block = 0; block < l.group * l.blocks_m; ++block)
+                store_dq(a, l, b, head_kv, block, dq + block * l.block_dq);
     }
 
-    void write_dq(int64_t b, int64_t head_kv, const float* dq) {
-        for (int64_t g = 0; g < group; ++g)
-            write_rows(dq + g * a.seqlen_q * width, width, a.seqlen_q, a.head_dim, a.dq,
-                       a.dq_strides, b, head_kv * group + g, 0);
+    // `block` counts the blocks of queries of all heads of the group.
+    static void store_dq(const AttentionBwdArgs& a, const Layout<Dot>& l, int64_t b,
+                         int64_t head_kv, int64_t block, const float* dq) {
+        const int64_t h = head_kv * l.group + block / l.blocks_m;
+        const int64_t i = block % l.blocks_m * kBlockM;
+        store_rows(a.dtype, dq, kBlockM, std::min(kBlockM, a.seqlen_q - i), a.head_dim,
+                   a.softmax_scale, at(a.dq, a.dtype, a.dq_strides, b, h, i), a.dq_strides[2]);
     }
 
   private:
-    // Rounds rows of float32 into the gradient (b, h, first row) in the caller's dtype.
-    static void write_rows(const float* from, int64_t stride, int64_t rows, int64_t columns,
-                           void* to, const Strides3& strides, int64_t b, int64_t h, int64_t first) {
-        T* base = (T*)to + b * strides[0] + h * strides[1] + first * strides[2];
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t n = 0; n < columns; n += kLanes)
-                store(base + r * strides[2] + n, load(from + r * stride + n), columns - n);
-    }
-
-    void query_block(int64_t b, int64_t h, int64_t i, int64_t j, int64_t size, float* dq,
-                     float* dbias) {
-        const int64_t count = std::min<int64_t>(kBlockM, a.seqlen_q - i);
-        const int64_t padded = round_up(count, kTileRows);
-        const float* lse = a.lse + (b * a.heads + h) * a.seqlen_q + i;
-        KeyRange seen[kBlockM];  // of each row, within the block
-        bool any = false;
-        for (int64_t r = 0; r < padded; ++r) {
-            seen[r] = {0, 0};
-            if (r >= count || lse[r] == -INFINITY) continue;
-            const KeyRange keys = visible_keys(a, b, i + r);
-            seen[r] = {std::clamp<int64_t>(keys.begin - j, 0, size),
-                       std::clamp<int64_t>(keys.end - j, 0, size)};
-            any |= seen[r].begin < seen[r].end;
-        }
-        if (!any) return;
-        pack_rows((const T*)a.q + b * a.q_strides[0] + h * a.q_strides[1] + i * a.q_strides[2],
-                  a.q_strides[2], count, padded, a.head_dim, depth, width, q_left, q_right);
-        pack_rows((const T*)a.dout + b * a.dout_strides[0] + h * a.dout_strides[1] +
-                      i * a.dout_strides[2],
-                  a.dout_strides[2], count, padded, a.head_dim_v, depth_v, width_v, dout_left,
-                  dout_right);
-        int64_t first_row[kBlockN / kTileRows], end_row[kBlockN / kTileRows];
-        std::fill_n(first_row, kBlockN / kTileRows, padded);
-        std::fill_n(end_row, kBlockN / kTileRows, 0);
-        for (int64_t r = 0; r < padded; r += kTileRows) {
-            KeyRange keys{size, 0};
-            for (int m = 0; m < kTileRows; ++m)
-                if (seen[r + m].begin < seen[r + m].end)
-                    keys = {std::min(keys.begin, seen[r + m].begin),
-                            std::max(keys.end, seen[r + m].end)};
-            if (keys.begin >= keys.end) {
-                std::memset(p + r * kBlockN, 0, kTileRows * kBlockN * sizeof(float));
-                std::memset(ds + r * kBlockN, 0, kTileRows * kBlockN * sizeof(float));
-            } else {
-                const int64_t left = keys.begin / kPanel * kPanel;
-                const int64_t right = round_up(keys.end, kPanel);
-                weights_and_slopes(b, h, i, j, r, left, right, seen, dbias);
-                for (int64_t n = keys.begin / kTileRows; n * kTileRows < keys.end; ++n) {
-                    first_row[n] = std::min(first_row[n], r);
-                    end_row[n] = r + kTileRows;
+    // lse in units of log2, +inf (its weights are 0) where a row sees no key or is padding, and
+    // delta.
+    void prepare_rows(int64_t b, int64_t head_kv, bool first_part) {
+        for (int64_t g = 0; g < l.group; ++g) {
+            const int64_t h = head_kv * l.group + g;
+            const int64_t lse_at = (b * a.heads + h) * a.seqlen_q;
+            for (int64_t i = 0; i < l.blocks_m * kBlockM; ++i) {
+                const int64_t row = g * l.blocks_m * kBlockM + i;
+                lse2[row] = INFINITY, correction[row] = 1.0f, delta[row] = 0.0f;
+                if (i >= a.seqlen_q) continue;
+                if (a.lse[lse_at + i] != -INFINITY) {
+                    // What rounding lse2 loses would be an error of the whole row's weights.
+                    const double exact = a.lse[lse_at + i] * 1.4426950408889634;
+                    lse2[row] = float(exact);
+                    correction[row] = float(1.0 - (exact - lse2[row]) * 0.6931471805599453);
+                    delta[row] =
+                        row_product(a.dtype, at(a.out, a.dtype, a.out_strides, b, h, i),
+                                    at(a.dout, a.dtype, a.dout_strides, b, h, i), a.head_dim_v);
+                    if (a.dlse) delta[row] -= a.dlse[lse_at + i];
                 }
-                if constexpr (kPair == 1)
-                    add_product<Dot>(ds + r * kBlockN + left, kBlockN, 1, k_rows + left * width,
-                                     width, right - left, dq_of(dq, r, count));
+                if (first_part) a.delta[lse_at + i] = delta[row];
             }
-            if constexpr (kPair == 2) {
-                pair_rows(r);
-                if (keys.begin < keys.end)
-                    add_product<Dot>(ds_rows + r * kBlockN / 2, kBlockN / 2, 1, k_rows, width,
-                                     kBlockN / 2, dq_of(dq, r, count));
-            }
-            flush_dq(dq, r, count);
-        }
-        for (int64_t n = 0; n * kTileRows < size; ++n) {
-            if (first_row[n] >= end_row[n]) continue;
-            const int64_t from = first_row[n] / kPair, rows = end_row[n] / kPair - from;
-            const Element *p_left, *ds_left;
-            if constexpr (kPair == 1)
-                p_left = p, ds_left = ds;
-            else
-                p_left = p_pairs, ds_left = ds_pairs;
-            const int64_t at = from * kBlockN + n * kTileRows;
-            add_product<Dot>(p_left + at, 1, kBlockN, dout_right + from * width_v, width_v, rows,
-                             dv + n * kTileRows * width_v);
-            add_product<Dot>(ds_left + at, 1, kBlockN, q_right + from * width, width, rows,
-                             dk + n * kTileRows * width);
         }
     }
 
-    // Where the tile at row r adds to dq: in place, or in a buffer if it has rows beyond the last.
-    float* dq_of(float* dq, int64_t r, int64_t count) {
-        if (r + kTileRows <= count) return dq + r * width;
-        std::memset(dq_tail, 0, sizeof(dq_tail));
-        tail_used = true;
-        return dq_tail;
-    }
-    void flush_dq(float* dq, int64_t r, int64_t count) {
-        if (!std::exchange(tail_used, false)) return;
-        for (int64_t n = 0; n < (count - r) * width; n += kLanes)
-            store(dq + r * width + n, load(dq + r * width + n) + load(dq_tail + n));
+    // Keys [j, j + count) against every query that sees one.
+    void key_block(int64_t b, int64_t head_kv, int64_t j, int64_t count, float* dq) {
+        char* dk_to = at(a.dk, a.dtype, a.dk_strides, b, head_kv, j);
+        char* dv_to = at(a.dv, a.dtype, a.dv_strides, b, head_kv, j);
+        std::memset(dk, 0, l.block_n * l.width * sizeof(float));
+        std::memset(dv, 0, l.block_n * l.width_v * sizeof(float));
+        const int64_t seqlen_k =
+            a.seqlens_k ? std::min<int64_t>(a.seqlens_k[b], a.seqlen_k) : a.seqlen_k;
+        const int64_t valid = std::min(count, seqlen_k - j);
+        const KeyRange queries = valid > 0 ? seeing(b, j, j + valid) : KeyRange{0, 0};
+        if (queries.begin < queries.end) {
+            const int64_t padded = round_up(valid, kPanel);
+            copy_rows<Dot>(a.dtype, at(a.v, a.dtype, a.v_strides, b, head_kv, j), a.v_strides[2],
+                           valid, a.head_dim_v, padded, l.stride_v, staging);
+            pack_transposed_panels((const float*)staging, l.stride_v, valid, l.depth_v,
+                                   (float*)v_transposed);
+            copy_rows<Dot>(a.dtype, at(a.k, a.dtype, a.k_strides, b, head_kv, j), a.k_strides[2],
+                           valid, a.head_dim, padded, l.stride, staging);
+            pack_transposed_panels((const float*)staging, l.stride, valid, l.depth,
+                                   (float*)k_transposed);
+            pack_panels<Dot>(staging, l.stride, padded, a.head_dim, l.block_n, k_panels);
+            for (int64_t g = 0; g < l.group; ++g)
+                for (int64_t block = queries.begin / kBlockM; block * kBlockM < queries.end;
+                     ++block)
+                    query_block(b, head_kv * l.group + g, block * kBlockM, j, valid,
+                                (g * l.blocks_m + block) * kBlockM,
+                                dq + (g * l.blocks_m + block) * l.block_dq);
+        }
+        store_rows(a.dtype, dk, l.block_n, count, a.head_dim, a.softmax_scale, dk_to,
+                   a.dk_strides[2]);
+        store_rows(a.dtype, dv, l.block_n, count, a.head_dim_v, 1.0f, dv_to, a.dv_strides[2]);
     }
 
-    // A matrix's rows as the left factor (rows, depth) and as the right one (rows / kPair, width).
-    void pack_rows(const T* from, int64_t stride, int64_t count, int64_t padded, int64_t columns,
-                   int64_t left_width, int64_t right_width, Element* left, Element* right) {
-        for (int64_t r = 0; r < count; ++r)
-            Ops::pack_row(from + r * stride, columns, left_width, left + r * left_width);
-        std::memset((void*)(left + count * left_width), 0,
-                    (padded - count) * left_width * sizeof(Element));
-        Ops::pack_values(from, stride, count, columns, right_width, right);
-        const int64_t packed = round_up(count, kPair) / kPair;
-        std::memset((void*)(right + packed * right_width), 0,
-                    (padded / kPair - packed) * right_width * sizeof(Element));
+    // The queries that see one of the keys [begin, end) by the band.
+    KeyRange seeing(int64_t b, int64_t begin, int64_t end) const {
+        const int64_t offset = a.offsets ? a.offsets[b] : a.offset;
+        KeyRange queries{0, a.seqlen_q};
+        if (a.window_right < kUnbounded)
+            queries.begin = std::max(queries.begin, begin - a.window_right - offset);
+        if (a.window_left < kUnbounded)
+            queries.end = std::min(queries.end, end + a.window_left - offset);
+        return queries;
     }
 
-    // P (with dropout) and scale * dS of kTileRows rows, 0 outside of what each row sees.
-    void weights_and_slopes(int64_t b, int64_t h, int64_t i, int64_t j, int64_t r, int64_t left,
-                            int64_t right, const KeyRange* seen, float* dbias) {
-        float *p_tile = p + r * kBlockN, *ds_tile = ds + r * kBlockN;
+    bool all_masked(int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t count) const {
+        const Strides4& strides = a.mask_strides;
+        const uint8_t* mask = a.mask + b * strides[0] + h * strides[1];
+        if (strides[2] == 0) rows = 1;
+        if (strides[3] == 0) count = 1;
+        for (int64_t row = i; row < i + rows; ++row) {
+            const uint8_t* keys = mask + row * strides[2] + j * strides[3];
+            uint8_t any = 0;
+            for (int64_t n = 0; n < count; ++n) any |= keys[n * strides[3]];
+            if (any) return false;
+        }
+        return true;
+    }
+
+    // Queries [i, i + kBlockM) of head (b, h) against the packed keys [j, j + count).
+    void query_block(int64_t b, int64_t h, int64_t i, int64_t j, int64_t count, int64_t row,
+                     float* dq) {
+        const int64_t rows = std::min(kBlockM, a.seqlen_q - i);
+        const int64_t padded = round_up(rows, kRowStep);
+        if (a.mask && all_masked(b, h, i, rows, j, count)) return;
+        copy_rows<Dot>(a.dtype, at(a.q, a.dtype, a.q_strides, b, h, i), a.q_strides[2], rows,
+                       a.head_dim, padded, l.stride, q_rows);
+        pack_panels<Dot>(q_rows, l.stride, padded, a.head_dim, kBlockM, q_panels);
+        copy_rows<Dot>(a.dtype, at(a.dout, a.dtype, a.dout_strides, b, h, i), a.dout_strides[2],
+                       rows, a.head_dim_v, padded, l.stride_v, dout_rows);
+        pack_panels<Dot>(dout_rows, l.stride_v, padded, a.head_dim_v, kBlockM, dout_panels);
+
+        // The next block of queries comes from further away than the second-level cache.
+        prefetch_rows(at(a.q, a.dtype, a.q_strides, b, h, i + rows), a.dtype, a.q_strides[2],
+                      std::min(kBlockM, a.seqlen_q - i - rows), a.head_dim);
+        prefetch_rows(at(a.dout, a.dtype, a.dout_strides, b, h, i + rows), a.dtype,
+                      a.dout_strides[2], std::min(kBlockM, a.seqlen_q - i - rows), a.head_dim_v);
+
+        const KeyRange first = visible_keys(a, b, i), last = visible_keys(a, b, i + rows - 1);
+        const bool cut = last.begin > j || first.end < j + count;
+        if (cut) {
+            // The products below read whole rectangles, of which tiles skip what no row sees.
+            const size_t bytes = padded / kPair * kScoresStride * sizeof(Element);
+            std::memset((void*)p, 0, bytes);
+            std::memset((void*)ds, 0, bytes);
+            if (kPair == 2) std::memset((void*)ds_rows, 0, bytes);
+        }
+        for (int64_t r = 0; r < padded; r += kTileRows) {
+            const KeyRange keys =
+                tile_keys(b, i + r, std::min(i + rows, i + r + kTileRows), j, count);
+            if (keys.begin < keys.end)
+                score_rows(b, h, i + r, std::min<int64_t>(kTileRows, padded - r), r, row + r, j,
+                           count, keys);
+        }
+        key_products(b, i, padded, j, count, cut);
+        for (int64_t n = 0; n < a.head_dim; n += kPanel) {
+            for (int64_t r = 0; r < padded; r += kTileRows) {
+                KeyRange keys =
+                    tile_keys(b, i + r, std::min(i + rows, i + r + kTileRows), j, count);
+                if (keys.begin >= keys.end) continue;
+                const int64_t begin = keys.begin / kPair, end = (keys.end + kPair - 1) / kPair;
+                product<Dot>(padded - r, a.head_dim - n,
+                             ds_rows + r * (kScoresStride / kPair) + begin, kScoresStride / kPair,
+                             1, k_panels + l.block_n / kPair * n + begin * kPanel, end - begin,
+                             dq + kBlockM * n + r * kPanel, kPanel, true);
+            }
+        }
+    }
+
+    // The keys of the block that one of the queries [begin, end) sees, relative to j.
+    KeyRange tile_keys(int64_t b, int64_t begin, int64_t end, int64_t j, int64_t count) const {
+        if (begin >= end) return {0, 0};
+        return {std::max<int64_t>(visible_keys(a, b, begin).begin - j, 0),
+                std::min(visible_keys(a, b, end - 1).end - j, count)};
+    }
+
+    // P and dS of a tile's rows: r counts in the block, row in the task.
+    void score_rows(int64_t b, int64_t h, int64_t i, int64_t rows, int64_t r, int64_t row,
+                    int64_t j, int64_t count, KeyRange keys) {
+        const int64_t left = keys.begin / kPanel * kPanel;
+        const int64_t right = round_up(keys.end, kPanel);
         for (int64_t n = left; n < right; n += kPanel) {
-            product_tile<Dot, kTileVectors, false>(q_left + r * depth, depth, 1,
-                                                   k_panels + n * depth, kPanel, depth, p_tile + n,
-                                                   kBlockN);
-            product_tile<Dot, kTileVectors, false>(dout_left + r * depth_v, depth_v, 1,
-                                                   v_panels + n * depth_v, kPanel, depth_v,
-                                                   ds_tile + n, kBlockN);
+            product<Dot>(rows, count - n, q_rows + r * l.stride, l.stride, 1,
+                         k_transposed + n * l.depth, l.depth, scores + n, kScoresStride, false);
+            product<Dot>(rows, count - n, dout_rows + r * l.stride_v, l.stride_v, 1,
+                         v_transposed + n * l.depth_v, l.depth_v, dp + n, kScoresStride, false);
         }
-        for (int64_t m = 0; m < kTileRows; ++m) {
-            float *p_row = p_tile + m * kBlockN, *ds_row = ds_tile + m * kBlockN;
-            const KeyRange keys = seen[r + m];
-            if (keys.begin >= keys.end) {
-                std::memset(p_row, 0, kBlockN * sizeof(float));
-                std::memset(ds_row, 0, kBlockN * sizeof(float));
-                continue;
+        for (int64_t m = 0; m < rows; m += 2) {
+            bool with_features = false;
+            for (int64_t two = m; two < m + 2; ++two) {
+                float *one_scores = scores + two * kScoresStride,
+                      *one_dp = dp + two * kScoresStride;
+                if (i + two >= a.seqlen_q) {
+                    // Of padding, lse2 is +inf.
+                    std::fill(one_scores + left, one_scores + right, 0.0f);
+                    std::fill(one_dp + left, one_dp + right, 0.0f);
+                    continue;
+                }
+                prepare_scores(b, h, i + two, j, count, left, right, one_scores, one_dp);
+                if (plain) continue;
+                apply_slopes(b, h, i + two, row + two, j, left, right, one_scores, one_dp);
+                with_features = true;
             }
-            slope_row(b, h, i + r + m, j, left, right, keys, p_row, ds_row, dbias);
-            std::fill(p_row, p_row + left, 0.0f), std::fill(p_row + right, p_row + kBlockN, 0.0f);
-            std::fill(ds_row, ds_row + left, 0.0f),
-                std::fill(ds_row + right, ds_row + kBlockN, 0.0f);
+            if (with_features)
+                finish_rows<false>(r + m, row + m, m, left, right);
+            else
+                finish_rows<true>(r + m, row + m, m, left, right);
         }
     }
 
-    void slope_row(int64_t b, int64_t h, int64_t i, int64_t j, int64_t left, int64_t right,
-                   KeyRange keys, float* p_row, float* ds_row, float* dbias) {
-        const int64_t row = (b * a.heads + h) * a.seqlen_q + i;
-        const Vec delta = splat(a.delta[row]), shift = splat(-a.lse[row] * kLog2E);
-        const Vec scale = splat(features ? 1.0f : a.softmax_scale * kLog2E);
-        alignas(64) float capped[kBlockN];
+    // Scores in units of log2 (before log2_scale without features), -inf where hidden.
+    void prepare_scores(int64_t b, int64_t h, int64_t i, int64_t j, int64_t count, int64_t left,
+                        int64_t right, float* one_scores, float* one_dp) {
         if (features)
-            apply_features(a, b, h, i, j + left, std::min(right - left, a.seqlen_k - j - left),
-                           p_row + left, a.softcap != 0 ? capped + left : nullptr);
-        for (int64_t n = left; n < right; n += kLanes)
-            store(p_row + n, exp2(load(p_row + n) * scale + shift));
-        std::fill(p_row + left, p_row + keys.begin, 0.0f);
-        std::fill(p_row + keys.end, p_row + right, 0.0f);
-        if (a.dropout.threshold) {
-            apply_dropout(a, b, h, i, j + left, right - left, ds_row + left);
-        }
-        for (int64_t n = left; n < right; n += kLanes) {
-            Vec weight = load(p_row + n);
-            // A hidden key's product may be anything, NaN included.
-            Vec slope = select(weight != Vec{}, weight * (load(ds_row + n) - delta), Vec{});
-            store(ds_row + n, slope);
-        }
-        if (dbias) add_to_bias(b, h, i, j, keys, ds_row, dbias);
-        for (int64_t n = left; n < right; n += kLanes) {
-            Vec slope = load(ds_row + n) * a.softmax_scale;
-            if (a.softcap != 0) {
-                Vec t = load(capped + n);
-                slope = slope * (1.0f - t * t);
-            }
-            store(ds_row + n, slope);
-        }
-        if (a.dropout.threshold) apply_dropout(a, b, h, i, j + left, right - left, p_row + left);
+            apply_features(a, b, h, i, j + left, std::min(right, count) - left, one_scores + left,
+                           capped + left);
+        const KeyRange seen = visible_keys(a, b, i);
+        const int64_t begin = std::clamp(seen.begin - j, left, right);
+        const int64_t end = std::clamp(std::min(seen.end - j, count), begin, right);
+        // Of hidden keys nothing may stay that is not finite.
+        std::fill(one_scores + left, one_scores + begin, -INFINITY);
+        std::fill(one_dp + left, one_dp + begin, 0.0f);
+        std::fill(one_scores + end, one_scores + right, -INFINITY);
+        std::fill(one_dp + end, one_dp + right, 0.0f);
     }
 
-    void add_to_bias(int64_t b, int64_t h, int64_t i, int64_t j, KeyRange keys, const float* ds_row,
-                     float* dbias) {
-        const Strides4& s = a.dbias_strides;
-        float* to = dbias + b * s[0] + h * s[1] + i * s[2] + j * s[3];
-        if (s[3] == 0) {
-            float sum = 0.0f;
-            for (int64_t n = keys.begin; n < keys.end; ++n) sum += ds_row[n];
-            *to += sum;
+    // Rows m and m + 1 of the tile into P and dS, in their products' layouts: from scores and dp,
+    // or (not kFromScores) from weights and slopes that are finished in their place.
+    template <bool kFromScores>
+    void finish_rows(int64_t r, int64_t row, int64_t m, int64_t left, int64_t right) {
+        const Vec scale = splat(log2_scale);
+        const Vec shift[2] = {splat(-lse2[row]), splat(-lse2[row + 1])};
+        const Vec mean[2] = {splat(delta[row]), splat(delta[row + 1])};
+        for (int64_t n = left; n < right; n += kLanes) {
+            Vec weight[2], slope[2];
+#pragma GCC unroll 2
+            for (int two = 0; two < 2; ++two) {
+                weight[two] = load(scores + (m + two) * kScoresStride + n);
+                slope[two] = load(dp + (m + two) * kScoresStride + n);
+                if (!kFromScores) continue;
+                weight[two] = exp2(weight[two] * scale + shift[two]) * correction[row + two];
+                slope[two] = weight[two] * (slope[two] - mean[two]);
+            }
+            if constexpr (kPair == 1) {
+#pragma GCC unroll 2
+                for (int two = 0; two < 2; ++two) {
+                    store(p + (r + two) * kScoresStride + n, weight[two]);
+                    store(ds + (r + two) * kScoresStride + n, slope[two]);
+                }
+            } else {
+                const int64_t zipped_at = r / 2 * kScoresStride + n;
+                HalfVec even, odd;
+                store((float*)p + zipped_at, zip_narrow(weight[0], weight[1], even, odd));
+                store((float*)ds + zipped_at, zip_narrow(slope[0], slope[1], even, odd));
+                uint16_t* to = (uint16_t*)ds_rows + r * kScoresStride + n;
+                __builtin_memcpy(to, &even, sizeof even);
+                __builtin_memcpy(to + kScoresStride, &odd, sizeof odd);
+            }
+        }
+    }
+
+    // Weights and slopes of one row in the place of its scores and dp, with dropout, softcap and
+    // the gradient of the bias.
+    void apply_slopes(int64_t b, int64_t h, int64_t i, int64_t row, int64_t j, int64_t left,
+                      int64_t right, float* one_scores, float* one_dp) {
+        if (a.dropout.threshold) {
+            std::fill(factors + left, factors + right, 1.0f);
+            apply_dropout(a, b, h, i, j + left, right - left, factors + left);
+        }
+        const Vec scale = splat(log2_scale), shift = splat(-lse2[row]), mean = splat(delta[row]);
+        const bool dropout = a.dropout.threshold != 0, softcap = a.softcap != 0;
+        for (int64_t n = left; n < right; n += kLanes) {
+            Vec weight = exp2(load(one_scores + n) * scale + shift) * correction[row];
+            const Vec factor = dropout ? load(factors + n) : splat(1.0f);
+            Vec slope = weight * (load(one_dp + n) * factor - mean);
+            store(bias_grad + n, slope);
+            if (softcap) {
+                const Vec t = load(capped + n);
+                // A hidden key's tanh may be that of garbage.
+                slope = select(slope == Vec{}, slope, slope * (1.0f - t * t));
+            }
+            store(one_scores + n, weight * factor);
+            store(one_dp + n, slope);
+        }
+        if (a.dbias) add_bias_gradient(b, h, i, j, left, right);
+    }
+
+    void add_bias_gradient(int64_t b, int64_t h, int64_t i, int64_t j, int64_t left,
+                           int64_t right) {
+        const Strides4& strides = a.dbias_strides;
+        right = std::min(right, a.seqlen_k - j);
+        float* to = a.dbias + b * strides[0] + h * strides[1] + i * strides[2];
+        if (strides[3] == 0) {
+            Vec sum = {};
+            for (int64_t n = left; n < right; n += kLanes)
+                sum = sum + load(bias_grad + n, right - n);
+            *to += reduce_add(sum);
             return;
         }
-        for (int64_t n = keys.begin; n < keys.end; ++n) to[n] += ds_row[n];
+        to += j;
+        for (int64_t n = left; n < right; n += kLanes)
+            store(to + n, load(to + n, right - n) + load(bias_grad + n), right - n);
     }
 
-    // bfloat16 forms of P and dS of kTileRows rows: pairs of rows, and dS in pairs of keys.
-    void pair_rows(int64_t r) {
-        if constexpr (kPair == 2) {
-            for (int64_t m = r; m < r + kTileRows; m += 2) {
-                for (int64_t n = 0; n < kBlockN; n += kLanes) {
-                    pair_two(p, m, n, p_pairs);
-                    pair_two(ds, m, n, ds_pairs);
+    // dV += P^T dout and dK += dS^T Q, each tile of keys over the queries that see it.
+    void key_products(int64_t b, int64_t i, int64_t padded, int64_t j, int64_t count, bool cut) {
+        const auto multiply = [&](const Element* weights, const Element* panels, int64_t columns,
+                                  float* to) {
+            for (int64_t n = 0; n < columns; n += kPanel) {
+                for (int64_t m = 0; m < count; m += kTileRows) {
+                    KeyRange seen{0, padded};
+                    if (cut) {
+                        seen = seeing(b, j + m, j + std::min<int64_t>(m + kTileRows, count));
+                        seen = {std::max<int64_t>(seen.begin - i, 0),
+                                std::min(seen.end - i, padded)};
+                        if (seen.begin >= seen.end) continue;
+                    }
+                    const int64_t begin = seen.begin / kPair;
+                    const int64_t end = (seen.end + kPair - 1) / kPair;
+                    product<Dot>(count - m, columns - n, weights + begin * kScoresStride + m, 1,
+                                 kScoresStride, panels + kBlockM / kPair * n + begin * kPanel,
+                                 end - begin, to + l.block_n * n + m * kPanel, kPanel, true);
                 }
-                for (int64_t n = 0; n < 2 * kBlockN; n += kLanes)
-                    store((T*)ds_rows + m * kBlockN + n, load(ds + m * kBlockN + n));
             }
-        }
-    }
-    static void pair_two(const float* matrix, int64_t m, int64_t n, Element* to) {
-        HalfVec low = narrow(T{}, load(matrix + m * kBlockN + n));
-        HalfVec high = narrow(T{}, load(matrix + (m + 1) * kBlockN + n));
-        UintVec both =
-            __builtin_convertvector(low, UintVec) | (__builtin_convertvector(high, UintVec) << 16);
-        store((float*)(to + m / 2 * kBlockN + n), (Vec)both);
+        };
+        multiply(p, dout_panels, a.head_dim_v, dv);
+        multiply(ds, q_panels, a.head_dim, dk);
     }
 
     const AttentionBwdArgs& a;
-    const bool features;
-    const int64_t group, depth, depth_v, width, width_v;
-    Element *k_panels, *v_panels, *k_rows;               // of the block of keys
-    Element *q_left, *q_right, *dout_left, *dout_right;  // of the block of queries
-    float *dk, *dv;                                      // (kBlockN, width), (kBlockN, width_v)
-    float *p, *ds;                                       // (kBlockM, kBlockN)
-    Element *p_pairs = nullptr, *ds_pairs = nullptr, *ds_rows = nullptr;
-    bool tail_used = false;
-    alignas(64) float dq_tail[kTileRows * 256];
+    const Layout<Dot>& l;
+    const bool features, plain;
+    const float log2_scale;
+    float *lse2, *correction, *delta;      // (group, blocks_m * kBlockM)
+    Element *q_rows, *dout_rows;           // (kBlockM, stride)
+    Element *q_panels, *dout_panels;       // (panel, kBlockM / kPair, kPanel)
+    Element* staging;                      // (block_n, stride)
+    Element *k_transposed, *v_transposed;  // (panel, depth, kPanel)
+    Element* k_panels;                     // (panel, block_n / kPair, kPanel)
+    float *dk, *dv;                        // (panel, block_n, kPanel)
+    Element *p, *ds;                       // (kBlockM / kPair, kScoresStride)
+    Element* ds_rows;                      // (kBlockM, kScoresStride / kPair)
+    float *scores, *dp;                    // (kTileRows, kScoresStride)
+    float *capped, *factors, *bias_grad;   // (block_n,)
+    float* own;                            // (group, blocks_m, panel, kBlockM, kPanel)
 };
 
-template <class T>
-void compute_delta(const AttentionBwdArgs& a, int64_t row) {
-    const int64_t i = row % a.seqlen_q, h = row / a.seqlen_q % a.heads;
-    const int64_t b = row / a.seqlen_q / a.heads;
-    const T* out =
-        (const T*)a.out + b * a.out_strides[0] + h * a.out_strides[1] + i * a.out_strides[2];
-    const T* dout =
-        (const T*)a.dout + b * a.dout_strides[0] + h * a.dout_strides[1] + i * a.dout_strides[2];
-    Vec sum = {};
-    for (int64_t n = 0; n < a.head_dim_v; n += kLanes)
-        sum = sum + load(out + n, a.head_dim_v - n) * load(dout + n, a.head_dim_v - n);
-    a.delta[row] = reduce_add(sum) - (a.dlse ? a.dlse[row] : 0.0f);
-}
-
-template <class T, class Dot>
+template <class Dot>
 void backward(const AttentionBwdArgs& a) {
-    const int64_t heads = a.batch * a.heads_kv, group_rows = a.heads / a.heads_kv * a.seqlen_q;
-    const int64_t width = round_up(a.head_dim, kLanes), dq_size = group_rows * width;
-    const int64_t blocks = (a.seqlen_k + kBlockN - 1) / kBlockN;
-    const double flops = 10.0 * heads * group_rows * a.seqlen_k * a.head_dim;
-    const int threads = flops > 2e5 ? omp_get_max_threads() : 1;
-    int64_t chunks = 1;
-    if (heads < threads && !a.deterministic)
-        chunks = std::clamp<int64_t>((2 * threads + heads - 1) / heads, 1, blocks);
-    const int64_t chunk_keys = (blocks + chunks - 1) / chunks * kBlockN;
-    const int64_t tasks = heads * chunks;
-    // Tasks that share a bias's gradient get a copy for each thread, summed in order at the end.
-    int64_t slots = 1;
-    bool shared_bias = false;
-    if (a.dbias) {
-        const Strides4& s = a.dbias_strides;
-        shared_bias =
-            (s[0] == 0 && a.batch > 1) || (s[1] == 0 && a.heads > 1) || (s[3] == 0 && chunks > 1);
-        if (shared_bias)
-            slots = std::clamp<int64_t>(kBiasWorkspace / (4 * a.dbias_size), 1,
-                                        std::min<int64_t>(a.deterministic ? 1 : threads, tasks));
-    }
-    std::vector<float> partial_bias((slots - 1) * a.dbias_size);
-    float* all_dq = chunks > 1 ? scratch<float>(tasks * dq_size, 5) : nullptr;
-    const int used = shared_bias ? int(slots) : int(std::min<int64_t>(threads, tasks));
-#pragma omp parallel num_threads(used) if (used > 1)
+    const Layout<Dot> layout(a);
+    const int threads = omp_get_max_threads();
+    // What shares a bias gradient runs in one task, one after the other.
+    const int64_t batches = a.dbias && a.dbias_strides[0] == 0 ? 1 : a.batch;
+    const int64_t heads = a.dbias && a.dbias_strides[1] == 0 ? 1 : a.heads_kv;
+    const int64_t blocks = (a.seqlen_k + layout.block_n - 1) / layout.block_n;
+    int64_t parts = 1;
+    const bool divisible = !a.deterministic && !(a.dbias && a.dbias_strides[3] == 0);
+    if (threads > 1 && divisible && batches * heads < 2 * threads)
+        parts = std::clamp<int64_t>((2 * threads + batches * heads - 1) / (batches * heads), 1,
+                                    std::max<int64_t>(blocks, 1));
+    const int64_t part_keys = (blocks + parts - 1) / parts * layout.block_n;
+    const bool small = a.batch * a.heads * a.seqlen_q * a.seqlen_k * a.head_dim < kSmallWork;
+    if (small) parts = 1;
+    float* partial = nullptr;
+    if (parts > 1) partial = scratch<float>(a.batch * a.heads_kv * parts * layout.dq_size, 5);
+
+#pragma omp parallel num_threads(small ? 1 : threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.batch * a.heads * a.seqlen_q; ++row) compute_delta<T>(a, row);
-        Task<T, Dot> task(a);
-        const int slot = omp_get_thread_num();
-        float* dbias = a.dbias;
-        if (shared_bias && slot > 0) dbias = partial_bias.data() + (slot - 1) * a.dbias_size;
-        const auto one = [&](int64_t at) {
-            const int64_t head = at / chunks, chunk = at % chunks;
-            const int64_t b = head / a.heads_kv, head_kv = head % a.heads_kv;
-            float* dq = all_dq ? all_dq + at * dq_size : scratch<float>(dq_size, 3);
-            std::memset(dq, 0, dq_size * sizeof(float));
-            task.run(b, head_kv, chunk * chunk_keys, std::min(a.seqlen_k, (chunk + 1) * chunk_keys),
-                     dq, dbias);
-            if (!all_dq) task.write_dq(b, head_kv, dq);
-        };
-        if (shared_bias) {
-#pragma omp for schedule(static)
-            for (int64_t at = 0; at < tasks; ++at) one(at);
-        } else {
-#pragma omp for schedule(dynamic)
-            for (int64_t at = 0; at < tasks; ++at) one(at);
+        Task<Dot> task(a, layout, parts == 1);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t index = 0; index < batches * heads * parts; ++index) {
+            const int64_t part = index % parts, outer = index / parts;
+            const int64_t begin = parts == 1 ? 0 : part * part_keys;
+            const int64_t end = parts == 1 ? a.seqlen_k : std::min(a.seqlen_k, begin + part_keys);
+            for (int64_t b = outer / heads; b < a.batch; b += batches)
+                for (int64_t h = outer % heads; h < a.heads_kv; h += heads)
+                    task.run(b, h, begin, end,
+                             partial
+                                 ? partial + ((b * a.heads_kv + h) * parts + part) * layout.dq_size
+                                 : nullptr);
         }
-        if (all_dq) {
+        if (partial) {
+            const int64_t blocks_q = layout.group * layout.blocks_m;
 #pragma omp for schedule(static)
-            for (int64_t head = 0; head < heads; ++head) {
-                float* dq = all_dq + head * chunks * dq_size;
-                for (int64_t c = 1; c < chunks; ++c)
-                    for (int64_t n = 0; n < dq_size; n += kLanes)
-                        store(dq + n, load(dq + n) + load(dq + c * dq_size + n));
-                task.write_dq(head / a.heads_kv, head % a.heads_kv, dq);
+            for (int64_t index = 0; index < a.batch * a.heads_kv * blocks_q; ++index) {
+                const int64_t head = index / blocks_q, block = index % blocks_q;
+                float* sum = partial + head * parts * layout.dq_size + block * layout.block_dq;
+                for (int64_t part = 1; part < parts; ++part)
+                    for (int64_t n = 0; n < layout.block_dq; n += kLanes)
+                        store(sum + n, load(sum + n) + load(sum + part * layout.dq_size + n));
+                Task<Dot>::store_dq(a, layout, head / a.heads_kv, head % a.heads_kv, block, sum);
             }
         }
     }
-    for (int64_t slot = 1; slot < slots; ++slot)
-        for (int64_t n = 0; n < a.dbias_size; ++n)
-            a.dbias[n] += partial_bias[(slot - 1) * a.dbias_size + n];
 }
 
 }  // namespace
 
 void attention_bwd(const AttentionBwdArgs& a) {
-    switch (a.dtype) {
-        case DType::float32:
-            return backward<float, DotF32>(a);
-        case DType::float16:
-            return backward<F16, DotF32>(a);
-        case DType::bfloat16:
-            break;
-    }
 #if FASTATTN_AVX512_BF16
-    return backward<BF16, DotBF16>(a);
-#else
-    return backward<BF16, DotF32>(a);
+    if (a.dtype == DType::bfloat16) return backward<DotBF16>(a);
 #endif
+    backward<DotF32>(a);
 }
 
 #include "cpu/target_end.h"

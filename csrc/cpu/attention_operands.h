@@ -1,0 +1,163 @@
+// The backward's operands: copied, packed and stored, and the products over them.
+// Included inside a target region.
+#pragma once
+
+#include "cpu/attention_scores.h"
+
+namespace {
+
+constexpr int kRowStep = kTileRows / 3;  // tiles have one, two or three steps of rows
+static_assert(kRowStep % 2 == 0);
+
+// c[m][n] += (or =) sum over k of A[m, k] * B[k, n] for one tile, B a packed panel.
+template <class Dot, int kRows, int kVectors>
+__attribute__((noinline)) void product_tile(const typename Dot::Element* a, int64_t a_row,
+                                            int64_t a_k, const typename Dot::Element* b, int64_t k,
+                                            float* c, int64_t c_row, bool accumulate) {
+    Vec acc[kRows][kVectors] = {};
+    if (accumulate) {
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+            for (int n = 0; n < kVectors; ++n) acc[m][n] = load(c + m * c_row + n * kLanes);
+    }
+    tile<Dot, kRows, kVectors>(a, a_row, a_k, b, kPanel, k, acc);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < kVectors; ++n) store(c + m * c_row + n * kLanes, acc[m][n]);
+}
+
+// As product_tile, for a multiple of kRowStep rows up to kTileRows, and up to kPanel columns.
+template <class Dot>
+void product(int64_t rows, int64_t columns, const typename Dot::Element* a, int64_t a_row,
+             int64_t a_k, const typename Dot::Element* b, int64_t k, float* c, int64_t c_row,
+             bool accumulate) {
+    const auto run = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::value;
+        if (rows > 2 * kRowStep)
+            product_tile<Dot, kTileRows, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
+        else if (rows > kRowStep)
+            product_tile<Dot, 2 * kRowStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
+        else
+            product_tile<Dot, kRowStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
+    };
+    if (columns > kLanes)
+        run(std::integral_constant<int, 2>{});
+    else
+        run(std::integral_constant<int, 1>{});
+}
+
+template <class F>
+auto with_type(DType dtype, F f) {
+    if (dtype == DType::float16) return f(F16{});
+    if (dtype == DType::bfloat16) return f(BF16{});
+    return f(float{});
+}
+
+// Rows of a caller's tensor (rows, columns) into (padded_rows, stride), zeros beyond.
+template <class Dot>
+void copy_rows(DType dtype, const void* from, int64_t from_row, int64_t rows, int64_t columns,
+               int64_t padded_rows, int64_t stride, typename Dot::Element* to) {
+    if constexpr (Dot::kPair == 1) {
+        with_type(dtype, [&](auto element) {
+            typedef decltype(element) T;
+            for (int64_t row = 0; row < rows; ++row) {
+                const T* source = (const T*)from + row * from_row;
+                for (int64_t n = 0; n < stride; n += kLanes)
+                    store(to + row * stride + n, load(source + n, columns - n));
+            }
+        });
+    } else {
+        for (int64_t row = 0; row < rows; ++row) {
+            const BF16* source = (const BF16*)from + row * from_row;
+            for (int64_t n = 0; n < stride; n += kLanes) {
+                Vec pairs = {};
+                if (columns - 2 * n >= 2 * kLanes)
+                    __builtin_memcpy(&pairs, source + 2 * n, sizeof pairs);
+                else if (columns > 2 * n)
+                    std::memcpy(&pairs, source + 2 * n, (columns - 2 * n) * 2);
+                store((float*)(to + row * stride + n), pairs);
+            }
+        }
+    }
+    std::memset((void*)(to + rows * stride), 0, (padded_rows - rows) * stride * 4);
+}
+
+// (rows, stride) into panels (panel, panel_rows / kPair, kPanel) for products over the rows.
+template <class Dot>
+void pack_panels(const typename Dot::Element* from, int64_t stride, int64_t rows, int64_t columns,
+                 int64_t panel_rows, typename Dot::Element* to) {
+    for (int64_t panel = 0; panel < columns;
+         panel += kPanel, to += panel_rows / Dot::kPair * kPanel) {
+        const int64_t width = std::min<int64_t>(kPanel, columns - panel);
+        for (int64_t row = 0; row < rows; row += Dot::kPair) {
+            for (int64_t n = 0; n < width; n += kLanes) {
+                if constexpr (Dot::kPair == 1) {
+                    store(to + row * kPanel + n, load(from + row * stride + panel + n));
+                } else {
+                    const BF16* source = (const BF16*)(from + row * stride) + panel + n;
+                    UintVec even = load_bits(source, kLanes);
+                    UintVec odd = load_bits(source + 2 * stride, kLanes);
+                    store((float*)to + row / 2 * kPanel + n, (Vec)(even | (odd << 16)));
+                }
+            }
+        }
+    }
+}
+
+// (rows, stride) into transposed panels (panel, depth, kPanel); the rows are padded to kPanel.
+__attribute__((noinline)) void pack_transposed_panels(const float* from, int64_t stride,
+                                                      int64_t rows, int64_t depth, float* to) {
+    for (int64_t row = 0; row < rows; row += kPanel, to += depth * kPanel)
+        pack_transposed(from + row * stride, stride, kPanel, stride, depth, to, kPanel);
+}
+
+// Accumulated panels (panel, panel_rows, kPanel), scaled, into rows of a caller's tensor.
+void store_rows(DType dtype, const float* from, int64_t panel_rows, int64_t rows, int64_t columns,
+                float scale, void* to, int64_t to_row) {
+    with_type(dtype, [&](auto element) {
+        typedef decltype(element) T;
+        for (int64_t row = 0; row < rows; ++row) {
+            T* target = (T*)to + row * to_row;
+            for (int64_t n = 0; n < columns; n += kLanes) {
+                const float* source = from + (n / kPanel * panel_rows + row) * kPanel + n % kPanel;
+                store(target + n, load(source) * scale, columns - n);
+            }
+        }
+    });
+}
+
+inline void prefetch_rows(const char* from, DType dtype, int64_t from_row, int64_t rows,
+                          int64_t columns) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t byte = 0; byte < columns * itemsize(dtype); byte += 64)
+            __builtin_prefetch(from + row * from_row * itemsize(dtype) + byte, 0, 2);
+}
+
+// Two rows in bfloat16, and zipped: the lanes' pairs.
+FASTATTN_INLINE Vec zip_narrow(Vec a, Vec b, HalfVec& even, HalfVec& odd) {
+#if FASTATTN_AVX512_BF16
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    even = (HalfVec)_mm512_castsi512_si256(both);
+    odd = (HalfVec)_mm512_extracti64x4_epi64(both, 1);
+    const UintVec lane = (UintVec)lane_index();
+    return (Vec)_mm512_permutexvar_epi16((__m512i)(lane | ((lane + kLanes) << 16)), both);
+#else
+    even = narrow(BF16{}, a), odd = narrow(BF16{}, b);
+    return (Vec)(__builtin_convertvector(even, UintVec) |
+                 (__builtin_convertvector(odd, UintVec) << 16));
+#endif
+}
+
+float row_product(DType dtype, const void* x, const void* y, int64_t count) {
+    return with_type(dtype, [&](auto element) {
+        typedef decltype(element) T;
+        Vec sum = {};
+        for (int64_t n = 0; n < count; n += kLanes)
+            sum = load((const T*)x + n, count - n) * load((const T*)y + n, count - n) + sum;
+        return reduce_add(sum);
+    });
+}
+
+}  // namespace
