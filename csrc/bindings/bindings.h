@@ -9,5 +9,6 @@ namespace py = pybind11;
 
 void bind_attention(py::module_& m);
 void bind_softmax(py::module_& m);
+void bind_ffn(py::module_& m);
 
 }  // namespace fastattn

@@ -7,6 +7,8 @@ void attention_fwd(const AttentionFwdArgs&);
 void attention_bwd(const AttentionBwdArgs&);
 void softmax_fwd(const SoftmaxFwdArgs&);
 void softmax_bwd(const SoftmaxBwdArgs&);
+void ffn_fwd(const FFNFwdArgs&);
+void ffn_bwd(const FFNBwdArgs&);
 
 const Kernels kernels = {
     .vector_bytes = FASTATTN_VECTOR_BYTES,
@@ -14,6 +16,8 @@ const Kernels kernels = {
     .attention_bwd = attention_bwd,
     .softmax_fwd = softmax_fwd,
     .softmax_bwd = softmax_bwd,
+    .ffn_fwd = ffn_fwd,
+    .ffn_bwd = ffn_bwd,
 };
 
 #include "cpu/target_end.h"

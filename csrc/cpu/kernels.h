@@ -15,6 +15,8 @@ struct Kernels {
     void (*attention_bwd)(const AttentionBwdArgs&);
     void (*softmax_fwd)(const SoftmaxFwdArgs&);
     void (*softmax_bwd)(const SoftmaxBwdArgs&);
+    void (*ffn_fwd)(const FFNFwdArgs&);
+    void (*ffn_bwd)(const FFNBwdArgs&);
 };
 
 // clang-format off

@@ -12,6 +12,7 @@ constexpr int kTileVectors = 2;
 struct DotF32 {
     typedef float Element;
     static constexpr int kPair = 1;
+    FASTATTN_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
     FASTATTN_INLINE static Vec step(const float* a, Vec b, Vec c) { return splat(*a) * b + c; }
 };
 
@@ -23,9 +24,11 @@ struct BF16Pair {
 struct DotBF16 {
     typedef BF16Pair Element;
     static constexpr int kPair = 2;
+    FASTATTN_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) {
+        return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+    }
     FASTATTN_INLINE static Vec step(const BF16Pair* a, Vec b, Vec c) {
-        return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a->bits),
-                                     (__m512bh)b);
+        return multiply_add((Vec)_mm512_set1_epi32((int)a->bits), b, c);
     }
 };
 #endif

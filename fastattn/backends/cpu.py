@@ -17,6 +17,7 @@ NAME = "cpu"
 
 MAX_HEAD_DIM = 256
 MAX_RANK = 9  # of softmax
+_ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 _DTYPES: dict[torch.dtype, Any] = {}
 if _C is not None:
@@ -35,8 +36,6 @@ def unsupported(problem) -> list[str]:
         reasons.append(f"device={problem.device}, only cpu")
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
-    if problem.op not in ("attention_fwd", "attention_bwd", "softmax_fwd", "softmax_bwd"):
-        reasons.append(f"no kernel for {problem.op}")
     if problem.op.startswith("attention"):
         for name in ("head_dim", "head_dim_v"):
             if getattr(problem, name) > MAX_HEAD_DIM:
@@ -47,6 +46,8 @@ def unsupported(problem) -> list[str]:
             reasons.append("block_table: no kernel for a paged cache")
         if problem.bias == torch.float64:
             reasons.append("bias dtype=torch.float64")
+    if "ffn" in problem.op and 0 in (problem.d_model, problem.d_ff, problem.d_out):
+        reasons.append("an empty d_model, d_ff or d_out")
     if problem.op.startswith("softmax"):
         if len(problem.shape) > MAX_RANK:
             reasons.append(f"rank={len(problem.shape)} > {MAX_RANK}")
@@ -230,13 +231,13 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _expanded_address(tensor: Tensor | None, shape) -> tuple[int, tuple[int, ...]]:
-    """Address and strides of a tensor broadcast to `shape`, the last stride 0 or 1."""
+def _expanded(tensor: Tensor | None, shape) -> Tensor | None:
+    """The tensor broadcast to `shape`, its last stride 0 or 1."""
     if tensor is None:
-        return 0, ()
+        return None
     if tensor.shape[-1] != 1 and tensor.stride(-1) not in (0, 1):
         tensor = tensor.contiguous()
-    return tensor.data_ptr(), tensor.expand(shape).stride()
+    return tensor.expand(shape)
 
 
 def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
@@ -245,18 +246,17 @@ def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
     x = _unit_last_stride(t.x)
     out = x.new_empty(shape)
     weights = x.new_empty(shape) if problem.dropout_p else None
-    mask, mask_strides = _expanded_address(t.mask, shape)
-    bias, bias_strides = _expanded_address(t.bias, shape)
+    mask, bias = _expanded(t.mask, shape), _expanded(t.bias, shape)
     _C.softmax_fwd(
         _DTYPES[problem.dtype],
         shape,
         x.data_ptr(),
         x.stride(),
-        mask,
-        mask_strides,
+        _pointer(mask),
+        () if mask is None else mask.stride(),
         _DTYPES[problem.bias or problem.dtype],
-        bias,
-        bias_strides,
+        _pointer(bias),
+        () if bias is None else bias.stride(),
         problem.scale,
         problem.causal,
         problem.log,
@@ -290,3 +290,89 @@ def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
         _pointer(dbias),
     )
     return dx, dbias
+
+
+def _matrix(matrix: Tensor | None) -> Tensor | None:
+    """The matrix, copied if neither stride is 1."""
+    if matrix is None or 1 in matrix.stride() or 1 in matrix.shape:
+        return matrix
+    return matrix.contiguous()
+
+
+def _matrix_address(matrix: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    if matrix is None:
+        return None
+    strides = matrix.stride()
+    if 1 not in strides:
+        # A stride over a single element may be anything.
+        strides = tuple(1 if n == 1 else stride for n, stride in zip(matrix.shape, strides))
+    return matrix.data_ptr(), strides
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _ffn_shape(problem) -> tuple:
+    return (
+        _DTYPES[problem.dtype],
+        _ACTIVATIONS[problem.activation],
+        problem.rows,
+        problem.d_model,
+        problem.d_ff,
+        problem.d_out,
+    )
+
+
+def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output, and what `save` keeps of preact and hidden (see `fastattn.ffn`)."""
+    rows, d_ff = problem.rows, problem.d_ff
+    y = t.x.new_empty((rows, problem.d_out))
+    preact = hidden = None
+    if problem.save != "input":
+        preact = t.x.new_empty((rows, d_ff) if t.w_up is None else (2, rows, d_ff))
+    if problem.save == "all":
+        hidden = t.x.new_empty((rows, d_ff))
+    if rows:
+        matrices = [_matrix(matrix) for matrix in (t.x, t.w1, t.w_up, t.w2)]
+        b1, b2 = _contiguous(t.b1), _contiguous(t.b2)
+        _C.ffn_fwd(
+            _ffn_shape(problem),
+            problem.dropout_p,
+            _pointer(t.seed),
+            *(_matrix_address(matrix) for matrix in matrices),
+            _pointer(b1),
+            _pointer(b2),
+            y.data_ptr(),
+            _pointer(preact),
+            _pointer(hidden),
+        )
+    return y, preact, hidden
+
+
+def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w_up, w2 and b2, None where absent or not asked for."""
+    inputs = (t.x, t.w1, t.b1, t.w_up, t.w2, t.b2)
+    wanted = (problem.x_grad, *(problem.weight_grad,) * 5)
+    make = torch.Tensor.new_empty if problem.rows else torch.Tensor.new_zeros
+    grads = tuple(
+        make(tensor, tensor.shape) if wants and tensor is not None else None
+        for tensor, wants in zip(inputs, wanted, strict=True)
+    )
+    if problem.rows:
+        matrices = [_matrix(matrix) for matrix in (t.x, t.w1, t.w_up, t.w2)]
+        b1 = _contiguous(t.b1)
+        dy = _unit_last_stride(dy.to(problem.dtype))
+        preact, hidden = _contiguous(preact), _contiguous(hidden)
+        _C.ffn_bwd(
+            _ffn_shape(problem),
+            problem.dropout_p,
+            _pointer(t.seed),
+            *(_matrix_address(matrix) for matrix in matrices),
+            _matrix_address(dy),
+            _pointer(b1),
+            _pointer(preact),
+            _pointer(hidden),
+            *(_pointer(grad) for grad in grads),
+        )
+    return grads
