@@ -12,14 +12,14 @@ T* pointer(uintptr_t address) {
 // (address, (row stride, column stride)), or None for an absent matrix.
 MatrixView view(const py::object& matrix) {
     if (matrix.is_none()) return {nullptr, 0, 0};
-    const auto [address, strides] = matrix.cast<std::pair<uintptr_t, std::pair<int64_t, int64_t>>>();
+    const auto [address, strides] =
+        matrix.cast<std::pair<uintptr_t, std::pair<int64_t, int64_t>>>();
     return {pointer<void>(address), strides.first, strides.second};
 }
 
 FFNShape read_shape(const py::tuple& shape) {
-    return {shape[0].cast<DType>(), Activation(shape[1].cast<int>()),
-            shape[2].cast<int64_t>(),      shape[3].cast<int64_t>(),
-            shape[4].cast<int64_t>(),      shape[5].cast<int64_t>()};
+    return {shape[0].cast<DType>(),   Activation(shape[1].cast<int>()), shape[2].cast<int64_t>(),
+            shape[3].cast<int64_t>(), shape[4].cast<int64_t>(),         shape[5].cast<int64_t>()};
 }
 
 Dropout read_dropout(double dropout_p, uintptr_t seed) {

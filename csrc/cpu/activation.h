@@ -63,9 +63,13 @@ struct Silu {
 template <class F>
 void with_activation(Activation activation, F f) {
     switch (activation) {
-        case Activation::relu: return f(Relu{});
-        case Activation::gelu: return f(Gelu{});
-        case Activation::gelu_tanh: return f(GeluTanh{});
-        case Activation::silu: return f(Silu{});
+        case Activation::relu:
+            return f(Relu{});
+        case Activation::gelu:
+            return f(Gelu{});
+        case Activation::gelu_tanh:
+            return f(GeluTanh{});
+        case Activation::silu:
+            return f(Silu{});
     }
 }

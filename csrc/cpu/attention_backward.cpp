@@ -452,6 +452,11 @@ void backward(const AttentionBwdArgs& a) {
     float* partial = nullptr;
     if (parts > 1) partial = scratch<float>(a.batch * a.heads_kv * parts * layout.dq_size, 5);
 
+    // A function, because clang compiles a parallel region itself for the baseline.
+    const auto add = [](float* sum, const float* term, int64_t size) {
+        for (int64_t n = 0; n < size; n += kLanes) store(sum + n, load(sum + n) + load(term + n));
+    };
+
 #pragma omp parallel num_threads(small ? 1 : threads)
     {
         Task<Dot> task(a, layout, parts == 1);
@@ -474,8 +479,7 @@ void backward(const AttentionBwdArgs& a) {
                 const int64_t head = index / blocks_q, block = index % blocks_q;
                 float* sum = partial + head * parts * layout.dq_size + block * layout.block_dq;
                 for (int64_t part = 1; part < parts; ++part)
-                    for (int64_t n = 0; n < layout.block_dq; n += kLanes)
-                        store(sum + n, load(sum + n) + load(sum + part * layout.dq_size + n));
+                    add(sum, sum + part * layout.dq_size, layout.block_dq);
                 Task<Dot>::store_dq(a, layout, head / a.heads_kv, head % a.heads_kv, block, sum);
             }
         }

@@ -51,7 +51,8 @@ void write_tile(DType dtype, void* to, int64_t width, int64_t m, int64_t rows, i
                 int64_t columns, const float* tile) {
     with_storage(dtype, [&](auto type) {
         auto at = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(type)>>*>(
-                      (decltype(type))to) + m * width + n;
+                      (decltype(type))to) +
+                  m * width + n;
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t j = 0; j < columns; j += kLanes)
                 store(at + row * width + j, load(tile + row * kPanel + j), columns - j);
@@ -116,8 +117,7 @@ void activate(Activation activation, bool gated, int64_t rows, float* tile) {
 
 // From dhidden and preact tiles (the pair's at + kTileSize): dhidden becomes dpreact, preact
 // becomes hidden. The dropout factors are in `factors`, already applied to dhidden.
-void differentiate(Activation activation, bool gated, int64_t rows, float* dhidden,
-                   float* preact) {
+void differentiate(Activation activation, bool gated, int64_t rows, float* dhidden, float* preact) {
     with_activation(activation, [&](auto act) {
         for (int64_t j = 0; j < rows * kPanel; j += kLanes) {
             const Vec x = load(preact + j), d = load(dhidden + j);
@@ -149,8 +149,8 @@ void sum_columns(DType from_dtype, const MatrixView& matrix, int64_t rows, int64
                 Vec sums[8] = {};
                 for (int64_t row = start; row < std::min(rows, start + kRun); ++row)
                     for (int j = 0; j * kLanes < width; ++j)
-                        sums[j] += load(from + row * matrix.row_stride + j * kLanes,
-                                        width - j * kLanes);
+                        sums[j] +=
+                            load(from + row * matrix.row_stride + j * kLanes, width - j * kLanes);
                 for (int j = 0; j < 8; ++j) total[j] += sums[j];
             }
             with_storage(to_dtype, [&](auto to_type) {
@@ -204,8 +204,8 @@ void ffn_fwd_of(const FFNFwdArgs& args) {
             add_bias(s.dtype, args.b2, here, n, columns, tile);
             write_tile(s.dtype, args.y, s.d_out, first + m, here, n, columns, tile);
         };
-        const GemmTerm term{rows_of(contiguous(hidden, s.d_ff, kind), kind),
-                            rows_of(args.w2, s.dtype), {}, s.d_ff};
+        const GemmTerm term{
+            rows_of(contiguous(hidden, s.d_ff, kind), kind), rows_of(args.w2, s.dtype), {}, s.d_ff};
         gemm<Dot>(&term, 1, rows, s.d_out, GemmSink(take_y));
     }
 }

@@ -7,8 +7,8 @@
 // panels. An element's sum is formed in an order that depends on k alone, whichever item it is in.
 #pragma once
 
-#include "cpu/tile.h"
 #include "cpu/scratch.h"
+#include "cpu/tile.h"
 
 constexpr int kPanel = kTileVectors * kLanes;
 constexpr int kTileSize = kTileRows * kPanel;
@@ -44,8 +44,8 @@ struct GemmSink {
 
     template <class F>
     explicit GemmSink(const F& f)
-        : context(&f), take([](const void* c, float* tile, int64_t m, int64_t rows, int64_t n,
-                               int64_t columns) {
+        : context(&f),
+          take([](const void* c, float* tile, int64_t m, int64_t rows, int64_t n, int64_t columns) {
               (*static_cast<const F*>(c))(tile, m, rows, n, columns);
           }) {}
 };
@@ -72,8 +72,7 @@ void pack_outer(const T* from, int64_t k_stride, int64_t k, int64_t count, int64
                 store(to + n, load(at, count - n));
             } else {
                 const UintVec low = load_bits(at, count - n);
-                const UintVec high =
-                    step + 1 < k ? load_bits(at + k_stride, count - n) : UintVec{};
+                const UintVec high = step + 1 < k ? load_bits(at + k_stride, count - n) : UintVec{};
                 store((float*)(to + n), (Vec)(low | (high << 16)));
             }
         }
@@ -166,8 +165,8 @@ void product_of_rows(int64_t rows, const typename Dot::Element* a, PackedRows st
 
 // Rows [m, m + rows) and panels [panel, panel + panels) of C.
 template <class Dot>
-void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_t n,
-               int64_t panel, int64_t panels, GemmSink sink) {
+void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_t n, int64_t panel,
+               int64_t panels, GemmSink sink) {
     typedef typename Dot::Element Element;
     const int sources = terms[0].b_pair.data ? 2 : 1;
     int64_t blocks = 0;
@@ -225,7 +224,8 @@ void dot_products(const typename Dot::Element* a, int64_t a_row, const T* b, int
     constexpr int kStep = kLanes * Dot::kPair;
     Vec acc[kRows][kDotColumns] = {};
     const T* from[kDotColumns];
-    for (int n = 0; n < kDotColumns; ++n) from[n] = b + std::min<int64_t>(n, columns - 1) * b_column;
+    for (int n = 0; n < kDotColumns; ++n)
+        from[n] = b + std::min<int64_t>(n, columns - 1) * b_column;
     const auto step = [&](int64_t j, auto whole) {
 #pragma GCC unroll 4
         for (int n = 0; n < kDotColumns; ++n) {
@@ -245,7 +245,8 @@ void dot_products(const typename Dot::Element* a, int64_t a_row, const T* b, int
     for (; j + kStep <= k; j += kStep) step(j, std::true_type{});
     if (j < k) step(j, std::false_type{});
     for (int m = 0; m < kRows; ++m)
-        for (int n = 0; n < kDotColumns && n < columns; ++n) c[m * kPanel + n] += reduce_add(acc[m][n]);
+        for (int n = 0; n < kDotColumns && n < columns; ++n)
+            c[m * kPanel + n] += reduce_add(acc[m][n]);
 }
 
 // One panel of C, for all m rows.
