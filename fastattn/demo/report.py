@@ -29,7 +29,7 @@ h2 { font-size: 1.2rem; margin: 0 0 .4rem; letter-spacing: -.01em; }
 p { margin: 0 0 .9rem; } .soft, figcaption { color: var(--soft); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   padding: 1.5rem 1.7rem; margin-top: 1.3rem; }
-.tiles { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));
+.tiles { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
   margin-top: 1.6rem; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   padding: 1.1rem 1.3rem; }
