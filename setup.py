@@ -254,7 +254,11 @@ class NinjaBuild(build_ext):
             link = [str(nvcc), "-ccbin", compiler.driver, *NVCC_LINK]
 
         include = f"-I{CSRC}"
-        flags = [*shlex.split(CXX_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", "")), include]
+        flags = [*shlex.split(CXX_FLAGS), include]
+        if compiler.kind == "gcc":
+            # Its intrinsics leave registers undefined on purpose, by hundreds of warnings.
+            flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+        flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         text = [
             "ninja_required_version = 1.8",
             f"cxx = {shell(*compiler.command)}",
