@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kBlockN = 256;
 constexpr int kTaskRows = 192;
+constexpr int kFewRows = 4;  // up to these, K is read as it lies: packing it would cost more
 constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
 
 // One row of a task.
@@ -37,6 +38,30 @@ void score_tile(const typename Dot::Element* q, const typename Dot::Element* k, 
     tile<Dot, kRows, kTileVectors>(q, depth, 1, k, kPanel, depth, acc);
     for (int m = 0; m < kRows; ++m)
         for (int n = 0; n < kTileVectors; ++n) store(scores + m * kBlockN + n * kLanes, acc[m][n]);
+}
+
+// scores[m][j] = Q[m] . K[j] without packing K: sums along head_dim, kLanes keys at a time.
+template <class Dot, int kRows, class T>
+void score_rows(const typename Dot::Element* q, const T* k, int64_t stride, int64_t head_dim,
+                int64_t depth, int64_t keys, float* scores) {
+    for (int64_t j = 0; j < keys; j += kLanes) {
+        Vec partial[kRows][kLanes] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, keys - j); ++i) {
+            const T* row = k + (j + i) * stride;
+            Vec acc[kRows] = {};
+            for (int64_t n = 0; n < depth; n += kLanes) {
+                const Vec x = Dot::load_row(row + n * Dot::kPair, head_dim - n * Dot::kPair);
+                for (int m = 0; m < kRows; ++m)
+                    acc[m] = Dot::step(load((const float*)(q + m * depth + n), depth - n), x, acc[m]);
+            }
+            for (int m = 0; m < kRows; ++m) partial[m][i] = acc[m];
+        }
+        for (int m = 0; m < kRows; ++m) {
+            transpose(partial[m]);
+            for (int i = 1; i < kLanes; ++i) partial[m][0] = partial[m][0] + partial[m][i];
+            store(scores + m * kBlockN + j, partial[m][0]);
+        }
+    }
 }
 
 // acc[m] = acc[m] * correction[m] + P[m] V for one panel of columns.
@@ -90,6 +115,7 @@ class Task {
     void run(int64_t b, int64_t head_kv, int64_t first, int64_t count, int64_t key_begin,
              int64_t key_end, float* part) {
         begin(b, head_kv, first, count, key_begin == 0);
+        few = count <= kFewRows;
         KeyRange all{key_end, key_begin};
         for (int64_t r = 0; r < count; ++r) {
             KeyRange& seen = row[r].keys;
@@ -159,7 +185,9 @@ class Task {
     void block(int64_t b, int64_t head_kv, int64_t count, int64_t j, int64_t size) {
         const T* k = (const T*)a.k + b * a.k_strides[0] + head_kv * a.k_strides[1];
         const T* v = (const T*)a.v + b * a.v_strides[0] + head_kv * a.v_strides[1];
-        Ops::pack_keys(k + j * a.k_strides[2], a.k_strides[2], size, a.head_dim, depth, keys);
+        k_rows = k + j * a.k_strides[2];
+        if (!few)
+            Ops::pack_keys(k_rows, a.k_strides[2], size, a.head_dim, depth, keys);
         const Element* v_rows = values;
         int64_t v_stride = width;
         if (values_packed) {
@@ -194,8 +222,15 @@ class Task {
         float correction[kRows];
         const int64_t left = seen.begin / kPanel * kPanel;
         const int64_t right = round_up(seen.end, kPanel);
-        for (int64_t n = left; n < right; n += kPanel)
-            score_tile<Dot, kRows>(q + r * depth, keys + n * depth, depth, scores + n);
+        if constexpr (kRows <= kFewRows) {
+            if (few) {
+                score_rows<Dot, kRows>(q, k_rows + left * a.k_strides[2], a.k_strides[2], a.head_dim, depth,
+                                       seen.end - left, scores + left);
+            }
+        }
+        if (!few)
+            for (int64_t n = left; n < right; n += kPanel)
+                score_tile<Dot, kRows>(q + r * depth, keys + n * depth, depth, scores + n);
         for (int64_t m = 0; m < rows; ++m)
             correction[m] = softmax_row(b, r + m, j, left, right, scores + m * kBlockN);
         for (int64_t m = rows; m < kRows; ++m) {
@@ -220,6 +255,11 @@ class Task {
     void multiply_values(const Element* p, int64_t p_stride, const Element* v, int64_t v_stride,
                          int64_t count, const float* correction, int64_t r) {
         int64_t n = 0;
+        // Few rows have registers left for more columns, and V is read in longer runs.
+        if constexpr (kRows <= kFewRows && kTileRows > 8)
+            for (; n + 2 * kPanel <= width; n += 2 * kPanel)
+                value_tile<Dot, kRows, 2 * kTileVectors>(p, p_stride, v + n, v_stride, count,
+                                                         correction, acc + r * width + n, width);
         for (; n + kPanel <= width; n += kPanel)
             value_tile<Dot, kRows, kTileVectors>(p, p_stride, v + n, v_stride, count, correction,
                                                  acc + r * width + n, width);
@@ -275,7 +315,8 @@ class Task {
     const bool features;
     const int64_t depth, width;  // of a row of Q in Elements, of a row of the result
     const float log2_scale;      // of the scores in their buffer
-    bool values_packed;
+    const T* k_rows;  // of the block of keys, as they lie
+    bool few = false, values_packed;
     Element *q, *keys, *values;
     float* acc;  // (kTaskRows, width)
     Row row[kTaskRows + kTileRows];

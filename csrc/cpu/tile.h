@@ -14,6 +14,11 @@ struct DotF32 {
     static constexpr int kPair = 1;
     FASTATTN_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
     FASTATTN_INLINE static Vec step(const float* a, Vec b, Vec c) { return splat(*a) * b + c; }
+    FASTATTN_INLINE static Vec step(Vec a, Vec b, Vec c) { return a * b + c; }
+    template <class T>
+    FASTATTN_INLINE static Vec load_row(const T* p, int64_t count) {
+        return load(p, count);
+    }
 };
 
 #if FASTATTN_AVX512_BF16
@@ -29,6 +34,14 @@ struct DotBF16 {
     }
     FASTATTN_INLINE static Vec step(const BF16Pair* a, Vec b, Vec c) {
         return multiply_add((Vec)_mm512_set1_epi32((int)a->bits), b, c);
+    }
+    FASTATTN_INLINE static Vec step(Vec a, Vec b, Vec c) {
+        return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+    }
+    FASTATTN_INLINE static Vec load_row(const BF16* p, int64_t count) {
+        Vec v = {};
+        __builtin_memcpy(&v, p, count >= 2 * kLanes ? sizeof v : count * sizeof(BF16));
+        return v;
     }
 };
 #endif
