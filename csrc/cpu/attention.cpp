@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int kBlockN = 256;
-constexpr int kTaskRows = 192;
+constexpr int kTaskRows = 288;
 constexpr int kFewRows = 4;  // up to these, K is read as it lies: packing it would cost more
 constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
 
@@ -52,7 +52,8 @@ void score_rows(const typename Dot::Element* q, const T* k, int64_t stride, int6
             for (int64_t n = 0; n < depth; n += kLanes) {
                 const Vec x = Dot::load_row(row + n * Dot::kPair, head_dim - n * Dot::kPair);
                 for (int m = 0; m < kRows; ++m)
-                    acc[m] = Dot::step(load((const float*)(q + m * depth + n), depth - n), x, acc[m]);
+                    acc[m] =
+                        Dot::step(load((const float*)(q + m * depth + n), depth - n), x, acc[m]);
             }
             for (int m = 0; m < kRows; ++m) partial[m][i] = acc[m];
         }
@@ -186,8 +187,7 @@ class Task {
         const T* k = (const T*)a.k + b * a.k_strides[0] + head_kv * a.k_strides[1];
         const T* v = (const T*)a.v + b * a.v_strides[0] + head_kv * a.v_strides[1];
         k_rows = k + j * a.k_strides[2];
-        if (!few)
-            Ops::pack_keys(k_rows, a.k_strides[2], size, a.head_dim, depth, keys);
+        if (!few) Ops::pack_keys(k_rows, a.k_strides[2], size, a.head_dim, depth, keys);
         const Element* v_rows = values;
         int64_t v_stride = width;
         if (values_packed) {
@@ -224,8 +224,8 @@ class Task {
         const int64_t right = round_up(seen.end, kPanel);
         if constexpr (kRows <= kFewRows) {
             if (few) {
-                score_rows<Dot, kRows>(q, k_rows + left * a.k_strides[2], a.k_strides[2], a.head_dim, depth,
-                                       seen.end - left, scores + left);
+                score_rows<Dot, kRows>(q, k_rows + left * a.k_strides[2], a.k_strides[2],
+                                       a.head_dim, depth, seen.end - left, scores + left);
             }
         }
         if (!few)
@@ -315,7 +315,7 @@ class Task {
     const bool features;
     const int64_t depth, width;  // of a row of Q in Elements, of a row of the result
     const float log2_scale;      // of the scores in their buffer
-    const T* k_rows;  // of the block of keys, as they lie
+    const T* k_rows;             // of the block of keys, as they lie
     bool few = false, values_packed;
     Element *q, *keys, *values;
     float* acc;  // (kTaskRows, width)

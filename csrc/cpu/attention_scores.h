@@ -125,6 +125,13 @@ inline void apply_features(const AttentionArgs& a, int64_t b, int64_t h, int64_t
     const float slope =
         a.alibi_slopes ? a.alibi_slopes[b * a.alibi_strides[0] + h * a.alibi_strides[1]] : 0.0f;
     const Vec lanes = __builtin_convertvector(lane_index(), Vec);
+    if (a.bias && !a.mask && !a.alibi_slopes && a.softcap == 0) {
+        for (int64_t n = 0; n < count; n += kLanes) {
+            Vec bias = load_bias(a, bias_at + n * a.bias_strides[3], count - n) * kLog2E;
+            store(scores + n, load(scores + n) * (a.softmax_scale * kLog2E) + bias);
+        }
+        return;
+    }
     for (int64_t n = 0; n < count; n += kLanes) {
         Vec s = load(scores + n) * a.softmax_scale;
         if (a.softcap != 0) {

@@ -104,20 +104,26 @@ FASTATTN_INLINE void pack_transposed(const T* source, int64_t source_row, int64_
         for (int64_t column = 0; column < padded_columns; column += kLanes) {
             Vec block[kLanes];
             int64_t wide = columns - column;
+            if (row + kLanes <= rows && wide >= kLanes) {
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) {
-                const T* from = source + (row + i) * source_row + column;
-                if (row + i >= rows || wide <= 0)
+                for (int i = 0; i < kLanes; ++i)
+                    block[i] = load(source + (row + i) * source_row + column);
+            } else {
+                for (int i = 0; i < kLanes; ++i) {
                     block[i] = Vec{};
-                else if (wide >= kLanes)
-                    block[i] = load(from);
-                else
-                    block[i] = load(from, wide);
+                    if (row + i < rows && wide > 0)
+                        block[i] = load(source + (row + i) * source_row + column, wide);
+                }
             }
             transpose(block);
-            int64_t high = padded_columns - column;
-            for (int i = 0; i < kLanes && i < high; ++i)
-                store(packed + (column + i) * width + row, block[i]);
+            const int64_t high = padded_columns - column;
+            if (high >= kLanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i)
+                    store(packed + (column + i) * width + row, block[i]);
+            } else {
+                for (int i = 0; i < high; ++i) store(packed + (column + i) * width + row, block[i]);
+            }
         }
     }
 }
@@ -142,19 +148,26 @@ FASTATTN_INLINE void pack_transposed_pairs(const BF16* source, int64_t source_ro
         for (int64_t pair = 0; pair < pairs; pair += kLanes) {
             Vec block[kLanes];
             const int64_t wide = std::min<int64_t>(columns - 2 * pair, 2 * kLanes);
+            const BF16* from = source + row * source_row + 2 * pair;
+            if (row + kLanes <= rows && wide == 2 * kLanes) {
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) {
-                block[i] = Vec{};
-                if (row + i >= rows) continue;
-                const BF16* from = source + (row + i) * source_row + 2 * pair;
-                if (wide == 2 * kLanes)
-                    __builtin_memcpy(&block[i], from, sizeof(Vec));
-                else
-                    __builtin_memcpy(&block[i], from, wide * sizeof(BF16));
+                for (int i = 0; i < kLanes; ++i)
+                    __builtin_memcpy(&block[i], from + i * source_row, sizeof(Vec));
+            } else {
+                for (int i = 0; i < kLanes; ++i) {
+                    block[i] = Vec{};
+                    if (row + i < rows)
+                        __builtin_memcpy(&block[i], from + i * source_row, wide * sizeof(BF16));
+                }
             }
             transpose(block);
-            for (int i = 0; i < kLanes && i < pairs - pair; ++i)
-                store(packed + (pair + i) * width + row, block[i]);
+            if (pairs - pair >= kLanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i) store(packed + (pair + i) * width + row, block[i]);
+            } else {
+                for (int i = 0; i < pairs - pair; ++i)
+                    store(packed + (pair + i) * width + row, block[i]);
+            }
         }
     }
 }

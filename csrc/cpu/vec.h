@@ -166,11 +166,16 @@ FASTATTN_INLINE float to_float(float x) {
 // Adding 1.5 * 2^23 rounds to the nearest integer; the rest, in [-1/2, 1/2], takes a minimax
 // polynomial of relative error 2e-9.
 FASTATTN_INLINE Vec exp2(Vec x) {
+#if FASTATTN_AVX512
+    const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    const Vec f = x - n;
+#else
     const Vec magic = splat(0x1.8p23f);
     IntVec underflow = x < splat(-126.0f);
     Vec clamped = max(splat(-126.0f), x);
     Vec shifted = clamped + magic;
     Vec f = clamped - (shifted - magic);
+#endif
     Vec p = splat(1.53533618e-4f);
     p = p * f + 1.33988744e-3f;
     p = p * f + 9.61843736e-3f;
@@ -178,7 +183,12 @@ FASTATTN_INLINE Vec exp2(Vec x) {
     p = p * f + 2.40226479e-1f;
     p = p * f + 6.93147203e-1f;
     p = p * f + 1.0f;
+#if FASTATTN_AVX512
+    const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (Vec)_mm512_maskz_scalef_ps(large, (__m512)p, (__m512)n);
+#else
     return (Vec)(((IntVec)p + ((IntVec)shifted << 23)) & ~underflow);
+#endif
 }
 
 // e^x within 1 unit in the last place; 0 below -87 and for -inf; NaN stays NaN. As exp2, with ln 2
