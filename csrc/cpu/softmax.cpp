@@ -306,6 +306,21 @@ void score_gradient(const SoftmaxBwdArgs& args, const T* weights, const T* dout,
     }
 }
 
+// The gradient of one row without dropout, log or bias: two passes, nothing kept between them.
+template <typename T>
+void row_gradient(const T* weights, const T* dout, float scale, int64_t n, T* dx) {
+    const int64_t whole = n / kLanes * kLanes, rest = n - whole;
+    Vec last_w = {}, last_g = {};
+    if (rest) last_w = load(weights + whole, rest), last_g = load(dout + whole, rest);
+    const float sum =
+        sum_of(whole, [=](int64_t j) { return load(weights + j) * load(dout + j); }) +
+        (rest ? reduce_add(last_w * last_g) : 0.0f);
+    const Vec total = splat(sum), factor = splat(scale);
+    for (int64_t j = 0; j < whole; j += kLanes)
+        store(dx + j, load(weights + j) * (load(dout + j) - total) * factor);
+    if (rest) store(dx + whole, last_w * (last_g - total) * factor, rest);
+}
+
 void add_to(float* sums, const float* values, int64_t n, bool columns) {
     if (columns) {
         for (int64_t j = 0; j < n; ++j) sums[j] += values[j];
@@ -341,6 +356,7 @@ void softmax_bwd_of(const SoftmaxBwdArgs& args) {
     const int64_t parts = (run + step - 1) / step;
     const int64_t tasks = args.dbias ? kept * parts : parts;
     const int64_t bias_columns = args.bias_columns ? shape.columns : 1;
+    const bool simple = !args.log && !args.dropout.threshold && !args.dbias;
     std::vector<float> partial(args.dbias ? tasks * bias_columns : 0);
 
 #pragma omp parallel if (tasks > 1)
@@ -354,14 +370,19 @@ void softmax_bwd_of(const SoftmaxBwdArgs& args) {
             cursor.seek(begin);
             for (int64_t at = begin; at < end; ++at, cursor.advance()) {
                 const int64_t row = cursor.offset[0];
-                score_gradient(args, static_cast<const T*>(args.weights) + row * shape.columns,
-                               static_cast<const T*>(args.dout) + cursor.offset[1], row, dscores);
+                const T* weights = static_cast<const T*>(args.weights) + row * shape.columns;
+                const T* dout = static_cast<const T*>(args.dout) + cursor.offset[1];
+                T* dx = static_cast<T*>(args.dx) + row * shape.columns;
+                if (simple) {
+                    row_gradient(weights, dout, args.scale, shape.columns, dx);
+                    continue;
+                }
+                score_gradient(args, weights, dout, row, dscores);
                 if (args.dbias) {
                     add_to(&partial[task * bias_columns], dscores, shape.columns,
                            args.bias_columns);
                 }
-                write_scaled(static_cast<T*>(args.dx) + row * shape.columns, dscores, args.scale,
-                             shape.columns);
+                write_scaled(dx, dscores, args.scale, shape.columns);
             }
         }
     }
