@@ -90,7 +90,7 @@ def test_dropout(backend, save, dtype):
 
 
 @settings(
-    max_examples=20,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

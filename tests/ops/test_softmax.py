@@ -80,7 +80,7 @@ def test_dropout(backend, columns, dtype):
 
 
 @settings(
-    max_examples=30,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
