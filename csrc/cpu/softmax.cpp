@@ -312,9 +312,8 @@ void row_gradient(const T* weights, const T* dout, float scale, int64_t n, T* dx
     const int64_t whole = n / kLanes * kLanes, rest = n - whole;
     Vec last_w = {}, last_g = {};
     if (rest) last_w = load(weights + whole, rest), last_g = load(dout + whole, rest);
-    const float sum =
-        sum_of(whole, [=](int64_t j) { return load(weights + j) * load(dout + j); }) +
-        (rest ? reduce_add(last_w * last_g) : 0.0f);
+    const float sum = sum_of(whole, [=](int64_t j) { return load(weights + j) * load(dout + j); }) +
+                      (rest ? reduce_add(last_w * last_g) : 0.0f);
     const Vec total = splat(sum), factor = splat(scale);
     for (int64_t j = 0; j < whole; j += kLanes)
         store(dx + j, load(weights + j) * (load(dout + j) - total) * factor);
