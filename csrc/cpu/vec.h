@@ -54,20 +54,42 @@ FASTATTN_INLINE Vec max(Vec a, Vec b) {
 }
 FASTATTN_INLINE Vec abs(Vec x) { return (Vec)((UintVec)x & 0x7fffffffu); }
 
+#if FASTATTN_X86
+FASTATTN_INLINE __m128 add_halves(__m128 v) { return _mm_add_ps(v, _mm_movehl_ps(v, v)); }
+FASTATTN_INLINE __m128 max_halves(__m128 v) { return _mm_max_ps(v, _mm_movehl_ps(v, v)); }
+#endif
+
 FASTATTN_INLINE float reduce_add(Vec v) {
-    float partial[kLanes];
-    __builtin_memcpy(partial, &v, sizeof v);
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
-    return partial[0];
+#if FASTATTN_AVX512
+    return _mm512_reduce_add_ps((__m512)v);
+#elif FASTATTN_X86
+#if FASTATTN_AVX2
+    const __m256 wide = (__m256)v;
+    const __m128 low = _mm256_castps256_ps128(wide), high = _mm256_extractf128_ps(wide, 1);
+    const __m128 two = add_halves(_mm_add_ps(low, high));
+#else
+    const __m128 two = add_halves((__m128)v);
+#endif
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+    return vaddvq_f32((float32x4_t)v);
+#endif
 }
 FASTATTN_INLINE float reduce_max(Vec v) {
-    float partial[kLanes];
-    __builtin_memcpy(partial, &v, sizeof v);
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i)
-            partial[i] = partial[i + half] > partial[i] ? partial[i + half] : partial[i];
-    return partial[0];
+#if FASTATTN_AVX512
+    return _mm512_reduce_max_ps((__m512)v);
+#elif FASTATTN_X86
+#if FASTATTN_AVX2
+    const __m256 wide = (__m256)v;
+    const __m128 low = _mm256_castps256_ps128(wide), high = _mm256_extractf128_ps(wide, 1);
+    const __m128 two = max_halves(_mm_max_ps(low, high));
+#else
+    const __m128 two = max_halves((__m128)v);
+#endif
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+    return vmaxnmvq_f32((float32x4_t)v);
+#endif
 }
 
 // Conversions, to nearest even; NaN stays NaN.
