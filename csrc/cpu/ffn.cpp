@@ -138,7 +138,7 @@ void differentiate(Activation activation, bool gated, int64_t rows, float* dhidd
 // to[n] = the sum of a (rows, columns) matrix's column n, in runs of rows.
 void sum_columns(DType from_dtype, const MatrixView& matrix, int64_t rows, int64_t columns,
                  DType to_dtype, void* to) {
-    constexpr int64_t kBlock = 8 * kLanes, kRun = 256;
+    constexpr int64_t kBlock = 8 * kLanes, kRun = 32;
 #pragma omp parallel for if (rows * columns > 65536)
     for (int64_t n = 0; n < columns; n += kBlock) {
         with_storage(from_dtype, [&](auto type) {
