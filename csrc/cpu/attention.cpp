@@ -116,7 +116,8 @@ class Task {
     void run(int64_t b, int64_t head_kv, int64_t first, int64_t count, int64_t key_begin,
              int64_t key_end, float* part) {
         begin(b, head_kv, first, count, key_begin == 0);
-        few = count <= kFewRows;
+        // How many rows a task has depends on the threads and the batch, and so would the rounding.
+        few = (a.deterministic ? a.heads / a.heads_kv * a.seqlen_q : count) <= kFewRows;
         KeyRange all{key_end, key_begin};
         for (int64_t r = 0; r < count; ++r) {
             KeyRange& seen = row[r].keys;
