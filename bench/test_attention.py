@@ -1,7 +1,8 @@
-"""Attention beside F.scaled_dot_product_attention, forward and backward, one call a round."""
+"""Attention beside F.scaled_dot_product_attention; as a script, interleaved in one table."""
 
 import pytest
 import torch
+from interleave import medians
 from torch.nn import functional
 
 import fastattn
@@ -21,6 +22,10 @@ CASES = {
     "d80": ((1, 8, 8, 512, 512, 80), {}),
     "d96": ((1, 8, 8, 512, 512, 96), {}),
     "cross": ((1, 8, 8, 128, 1024, 64), {}),
+    "decode": ((1, 8, 8, 1, 4096, 64), {}),
+    "decode, GQA, d128": ((1, 32, 8, 1, 4096, 128), {}),
+    "decode, GQA, d128, batch 8": ((8, 32, 8, 1, 4096, 128), {}),
+    "tiny": ((1, 1, 1, 4, 4, 8), {}),
 }
 
 
@@ -79,3 +84,22 @@ def test_attention(benchmark, case, direction, dtype, library):
         rounds=5,
         warmup_rounds=1,
     )
+
+
+def main():
+    """Print torch's time over fastattn's for each case, forward, in turns."""
+    print(f"attention forward, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in CASES:
+            with torch.no_grad():
+                seconds = medians(build(case, dtype)[1], rounds=7)
+            ours, theirs = seconds["fastattn"] * 1e3, seconds["torch"] * 1e3
+            print(
+                f"{str(dtype)[6:]:9} {case:28} fastattn {ours:8.3f} ms   torch {theirs:8.3f} ms   "
+                f"{theirs / ours:6.2f}x",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
