@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from fastattn.backends import BACKENDS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastattn"
 MAX_LINES = 500
 OPS = ("attention", "softmax", "ffn")
 NAMESAKES = (
     "fastattn/ops/{}.py",
+    "fastattn/backends/reference/{}.py",
+    "fastattn/backends/cpu/{}.py",
     "csrc/cpu/{}.h",
     "csrc/cpu/{}.cpp",
     "csrc/bindings/{}.cpp",
@@ -116,22 +120,17 @@ def test_arrows_point_one_way(path):
     assert wrong == []
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").glob("[!_]*.py")), ids=shown)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").glob("*/*.py")), ids=shown)
 def test_backends_do_not_import_each_other(path):
-    assert [
-        x for x in imports(path, "fastattn.backends") if x.startswith("fastattn.backends")
-    ] == []
+    own = f"fastattn.backends.{path.parent.name}"
+    for name in imports(path, own):
+        if name.startswith("fastattn.backends"):
+            assert name.startswith(f"{own}.")
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").glob("[!_]*.py")), ids=shown)
-def test_backends_export_the_same_names_in_the_same_order(path):
-    names = []
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign):
-            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
-    public = [name for name in names if name in BACKEND_NAMES]
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+def test_backends_export_the_same_names_in_the_same_order(backend):
+    public = [name for name in vars(backend) if name in BACKEND_NAMES]
     assert public == [name for name in BACKEND_NAMES if name in public]
     assert {"NAME", "unsupported"} <= set(public)
 

@@ -1,47 +1,21 @@
-"""Reference backend: every op in plain PyTorch, complete in every argument; the others' oracle.
+"""Attention in plain PyTorch; memory is quadratic in the sequence length."""
 
-Runs on any device and in float64; half precisions compute in float32. Memory is quadratic in the
-sequence length.
-"""
-
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from fastattn import philox
-
-NAME = "reference"
-
-
-def unsupported(problem) -> list[str]:
-    """Every reason why this backend cannot run `problem`: there is none."""
-    return []
+from fastattn.backends.reference import common
 
 
-def _without_autocast(fn):
-    """Keep autocast from rounding the intermediate products of `fn`."""
-
-    @functools.wraps(fn)
-    def run(problem, *args):
-        with torch.autocast(problem.device, enabled=False):
-            return fn(problem, *args)
-
-    return run
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@_without_autocast
+@common.without_autocast
 def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of attention (see `fastattn.attention`)."""
     if not problem.packed:
         return _dense_fwd(problem, _unpaged(t), 0)
     out = t.q.new_zeros(*t.q.shape[:2], problem.head_dim_v)
-    lse = torch.full(t.q.shape[1::-1], -math.inf, dtype=_accumulate_dtype(t.q.dtype))
+    lse = torch.full(t.q.shape[1::-1], -math.inf, dtype=common.accumulate_dtype(t.q.dtype))
     lse = lse.to(t.q.device)
     for index, (rows, _, sequence) in enumerate(_sequences(t)):
         one_out, one_lse = _dense_fwd(problem, sequence, index)
@@ -50,7 +24,7 @@ def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@_without_autocast
+@common.without_autocast
 def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sinks, absent ones None."""
     if not problem.packed:
@@ -173,7 +147,7 @@ def _per_kv_head(grad: Tensor, heads_kv: int) -> Tensor:
 
 def _scores(problem, t) -> tuple[Tensor, Tensor | None]:
     """Scores, -inf where hidden, and the derivative of the softcap at each (None without)."""
-    dtype = _accumulate_dtype(t.q.dtype)
+    dtype = common.accumulate_dtype(t.q.dtype)
     scores = t.q.to(dtype) @ _per_query_head(t.k, problem.heads, dtype).mT
     scores = scores * problem.softmax_scale
     cap_slope = None
@@ -241,139 +215,3 @@ def _attention_dropout(problem, t, p: Tensor, first_batch: int) -> Tensor:
         torch.arange(first_batch, first_batch + batch, device=device).view(-1, 1, 1),
     )
     return keep.to(p.dtype) / (1 - problem.dropout_p)
-
-
-@_without_autocast
-def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
-    """The softmax and, with dropout, the weights before it (see `fastattn.softmax`)."""
-    dtype = _accumulate_dtype(t.x.dtype)
-    scores = t.x.to(dtype) * problem.scale
-    if t.bias is not None:
-        scores = scores + t.bias.to(dtype)
-    visible = t.mask
-    if problem.causal:
-        lower = torch.ones(t.x.shape[-2:], dtype=torch.bool, device=t.x.device).tril()
-        visible = lower if visible is None else visible & lower
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
-    empty = torch.isneginf(scores).all(-1, keepdim=True)
-    if problem.log:
-        return torch.where(empty, -math.inf, torch.log_softmax(scores, -1)).to(t.x.dtype), None
-    p = torch.where(empty, 0.0, torch.softmax(scores, -1))
-    if not problem.dropout_p:
-        return p.to(t.x.dtype), None
-    return (p * _dropout_factor(problem, t.seed, p)).to(t.x.dtype), p.to(t.x.dtype)
-
-
-@_without_autocast
-def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and bias from the weights before dropout (from the result with log)."""
-    dtype = _accumulate_dtype(t.x.dtype)
-    p, dout = p.to(dtype), dout.to(dtype)
-    if problem.dropout_p:
-        dout = dout * _dropout_factor(problem, t.seed, p)
-    if problem.log:
-        visible = ~torch.isneginf(p)
-        dout = dout * visible
-        dscores = (dout - p.exp() * dout.sum(-1, keepdim=True)) * visible
-    else:
-        dscores = p * (dout - (p * dout).sum(-1, keepdim=True))
-    dbias = None
-    if problem.bias_grad:
-        dbias = dscores.sum_to_size(*t.bias.shape).to(t.bias.dtype)
-    return (dscores * problem.scale).to(t.x.dtype), dbias
-
-
-def _dropout_factor(problem, seed: Tensor, matrix: Tensor) -> Tensor:
-    """0 where an element of (..., columns) is dropped, else 1 / (1 - dropout_p)."""
-    leading, columns = matrix.shape[:-1], matrix.shape[-1]
-    row = torch.arange(leading.numel(), device=matrix.device)
-    low, high = row & 0xFFFFFFFF, row >> 32
-    keep = philox.keep_mask(seed, problem.dropout_p, low, columns, high, torch.zeros_like(row))
-    return keep.view(matrix.shape).to(matrix.dtype) / (1 - problem.dropout_p)
-
-
-@_without_autocast
-def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The output, and what `save` keeps of preact and hidden (see `fastattn.ffn`)."""
-    dtype = _accumulate_dtype(t.x.dtype)
-    preact = _preact(t, dtype)
-    hidden = _hidden(problem, t, preact)
-    y = hidden @ t.w2.to(dtype).T
-    if t.b2 is not None:
-        y = y + t.b2.to(dtype)
-    return (
-        y.to(t.x.dtype),
-        None if problem.save == "input" else preact.to(t.x.dtype),
-        hidden.to(t.x.dtype) if problem.save == "all" else None,
-    )
-
-
-@_without_autocast
-def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w1, b1, w_up, w2 and b2, None where absent or not asked for."""
-    dtype = _accumulate_dtype(t.x.dtype)
-    x, dy = t.x.to(dtype), dy.to(dtype)
-    preact = _preact(t, dtype) if preact is None else preact.to(dtype)
-    hidden = _hidden(problem, t, preact) if hidden is None else hidden.to(dtype)
-    dhidden = dy @ t.w2.to(dtype)
-    if problem.dropout_p:
-        dhidden = dhidden * _dropout_factor(problem, t.seed, dhidden)
-    dup = None
-    if t.w_up is None:
-        dgate = dhidden * _activation_slope(problem.activation, preact)
-    else:
-        gate, up = preact
-        dgate = dhidden * up * _activation_slope(problem.activation, gate)
-        dup = dhidden * _activate(problem.activation, gate)
-    dx = dw1 = db1 = dw_up = dw2 = db2 = None
-    if problem.x_grad:
-        dx = dgate @ t.w1.to(dtype)
-        if dup is not None:
-            dx = dx + dup @ t.w_up.to(dtype)
-    if problem.weight_grad:
-        dw1, dw2 = dgate.T @ x, dy.T @ hidden
-        db1 = None if t.b1 is None else dgate.sum(0)
-        db2 = None if t.b2 is None else dy.sum(0)
-        dw_up = None if dup is None else dup.T @ x
-    grads = (dx, dw1, db1, dw_up, dw2, db2)
-    return tuple(None if grad is None else grad.to(t.x.dtype) for grad in grads)
-
-
-def _preact(t, dtype: torch.dtype) -> Tensor:
-    """(rows, d_ff), or (2, rows, d_ff) with the gate's and the up product's in the gated form."""
-    preact = t.x.to(dtype) @ t.w1.to(dtype).T
-    if t.b1 is not None:
-        preact = preact + t.b1.to(dtype)
-    if t.w_up is not None:
-        preact = torch.stack([preact, t.x.to(dtype) @ t.w_up.to(dtype).T])
-    return preact
-
-
-def _hidden(problem, t, preact: Tensor) -> Tensor:
-    if t.w_up is not None:
-        return _activate(problem.activation, preact[0]) * preact[1]
-    hidden = _activate(problem.activation, preact)
-    return hidden * _dropout_factor(problem, t.seed, hidden) if problem.dropout_p else hidden
-
-
-def _activate(name: str, x: Tensor) -> Tensor:
-    if name == "relu":
-        return x.relu()
-    if name == "silu":
-        return torch.nn.functional.silu(x)
-    return torch.nn.functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-
-
-def _activation_slope(name: str, x: Tensor) -> Tensor:
-    if name == "relu":
-        return (x > 0).to(x.dtype)
-    if name == "silu":
-        sigmoid = torch.sigmoid(x)
-        return sigmoid * (1 + x * (1 - sigmoid))
-    if name == "gelu":
-        cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-        return cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    c = math.sqrt(2 / math.pi)
-    tanh = torch.tanh(c * (x + 0.044715 * x**3))
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * 0.044715 * x * x)

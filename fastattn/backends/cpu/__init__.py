@@ -1,0 +1,25 @@
+"""CPU backend: the hand-written SIMD kernels of the native module ``fastattn._C``."""
+
+import torch
+
+from fastattn.backends.cpu import attention, ffn, native, softmax
+
+NAME = "cpu"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OPS = {"attention": attention, "softmax": softmax, "ffn": ffn, "gated_ffn": ffn}
+
+
+def unsupported(problem) -> list[str]:
+    """Every reason why this backend cannot run `problem`; empty if it can."""
+    reasons = [] if native.MISSING is None else [native.MISSING]
+    if problem.device != "cpu":
+        reasons.append(f"device={problem.device}, only cpu")
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
+    return reasons + _OPS[problem.op.rpartition("_")[0]].unsupported(problem)
+
+
+attention_fwd, attention_bwd = attention.attention_fwd, attention.attention_bwd
+softmax_fwd, softmax_bwd = softmax.softmax_fwd, softmax.softmax_bwd
+ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd

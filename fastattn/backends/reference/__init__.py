@@ -1,0 +1,18 @@
+"""Reference backend: every op in plain PyTorch, complete in every argument; the others' oracle.
+
+Runs on any device and in float64; half precisions compute in float32.
+"""
+
+from fastattn.backends.reference import attention, ffn, softmax
+
+NAME = "reference"
+
+
+def unsupported(problem) -> list[str]:
+    """Every reason why this backend cannot run `problem`: there is none."""
+    return []
+
+
+attention_fwd, attention_bwd = attention.attention_fwd, attention.attention_bwd
+softmax_fwd, softmax_bwd = softmax.softmax_fwd, softmax.softmax_bwd
+ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd
