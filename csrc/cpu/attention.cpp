@@ -82,11 +82,22 @@ void value_tile(const typename Dot::Element* p, int64_t p_stride, const typename
 // Calls f with the smallest row count of a tile that holds `rows`.
 template <class F>
 void with_rows(int64_t rows, F f) {
-    if (rows > 8 && kTileRows > 8) return f(std::integral_constant<int, kTileRows>{});
-    if (rows > 4 && kTileRows > 8) return f(std::integral_constant<int, std::min(8, kTileRows)>{});
-    if (rows > 4) return f(std::integral_constant<int, std::min(6, kTileRows)>{});
+    if (rows > 6 && kTileRows > 6) return f(std::integral_constant<int, kTileRows>{});
+    if (rows > 4) return f(std::integral_constant<int, 6>{});
     if (rows > 2) return f(std::integral_constant<int, 4>{});
     if (rows > 1) return f(std::integral_constant<int, 2>{});
+    f(std::integral_constant<int, 1>{});
+}
+
+// Calls f with the number of vectors of the next tile of columns, so that none is much narrower
+// than the others.
+template <class F>
+void with_vectors(int64_t vectors, F f) {
+    if constexpr (kTileVectors == 4) {
+        if (vectors == 4 || vectors > 6) return f(std::integral_constant<int, 4>{});
+        if (vectors > 2) return f(std::integral_constant<int, 3>{});
+    }
+    if (vectors > 1) return f(std::integral_constant<int, 2>{});
     f(std::integral_constant<int, 1>{});
 }
 
@@ -255,18 +266,12 @@ class Task {
     template <int kRows>
     void multiply_values(const Element* p, int64_t p_stride, const Element* v, int64_t v_stride,
                          int64_t count, const float* correction, int64_t r) {
-        int64_t n = 0;
-        // Few rows have registers left for more columns, and V is read in longer runs.
-        if constexpr (kRows <= kFewRows && kTileRows > 8)
-            for (; n + 2 * kPanel <= width; n += 2 * kPanel)
-                value_tile<Dot, kRows, 2 * kTileVectors>(p, p_stride, v + n, v_stride, count,
-                                                         correction, acc + r * width + n, width);
-        for (; n + kPanel <= width; n += kPanel)
-            value_tile<Dot, kRows, kTileVectors>(p, p_stride, v + n, v_stride, count, correction,
-                                                 acc + r * width + n, width);
-        for (; n < width; n += kLanes)
-            value_tile<Dot, kRows, 1>(p, p_stride, v + n, v_stride, count, correction,
-                                      acc + r * width + n, width);
+        for (int64_t n = 0; n < width;)
+            with_vectors((width - n) / kLanes, [&](auto vectors) {
+                value_tile<Dot, kRows, decltype(vectors)::value>(
+                    p, p_stride, v + n, v_stride, count, correction, acc + r * width + n, width);
+                n += decltype(vectors)::value * kLanes;
+            });
     }
 
     // Scores of keys [j + left, j + right) become weights relative to the new row maximum. Returns

@@ -42,7 +42,9 @@ void product(int64_t rows, int64_t columns, const typename Dot::Element* a, int6
         else
             product_tile<Dot, kRowStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
     };
-    if (columns > kLanes)
+    if (columns > 2 * kLanes && kTileVectors > 2)
+        run(std::integral_constant<int, kTileVectors>{});
+    else if (columns > kLanes)
         run(std::integral_constant<int, 2>{});
     else
         run(std::integral_constant<int, 1>{});

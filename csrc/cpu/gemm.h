@@ -15,7 +15,7 @@ constexpr int kTileSize = kTileRows * kPanel;
 constexpr int64_t kDepth = 512;  // of a packed block, in elements of Dot
 constexpr int64_t kRun = 256;
 constexpr int64_t kItemRows = 768;
-constexpr int64_t kItemPanels = 8;
+constexpr int64_t kItemPanels = 16 / kTileVectors;
 constexpr double kSerialWork = 1 << 19;  // multiply-adds worth one thread only
 constexpr int64_t kSerialWeights = 1 << 16;
 
