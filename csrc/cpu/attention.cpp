@@ -22,6 +22,7 @@ namespace {
 constexpr int kBlockN = 256;
 constexpr int kTaskRows = 288;
 constexpr int kFewRows = 4;  // up to these, K is read as it lies: packing it would cost more
+constexpr int64_t kAhead = 8;  // keys that are fetched ahead of their use
 constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
 
 // One row of a task.
@@ -34,34 +35,42 @@ struct Row {
 template <class Dot, int kRows>
 void score_tile(const typename Dot::Element* q, const typename Dot::Element* k, int64_t depth,
                 float* scores) {
-    Vec acc[kRows][kTileVectors] = {};
+    Vec acc[kRows][kTileVectors];
+    for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
     tile<Dot, kRows, kTileVectors>(q, depth, 1, k, kPanel, depth, acc);
-    for (int m = 0; m < kRows; ++m)
-        for (int n = 0; n < kTileVectors; ++n) store(scores + m * kBlockN + n * kLanes, acc[m][n]);
+    for_each_vector<kRows, kTileVectors>(
+        [&](int m, int n) { store(scores + m * kBlockN + n * kLanes, acc[m][n]); });
 }
 
 // scores[m][j] = Q[m] . K[j] without packing K: sums along head_dim, kLanes keys at a time.
 template <class Dot, int kRows, class T>
 void score_rows(const typename Dot::Element* q, const T* k, int64_t stride, int64_t head_dim,
                 int64_t depth, int64_t keys, float* scores) {
+    const int64_t whole = head_dim / Dot::kPair / kLanes * kLanes;
     for (int64_t j = 0; j < keys; j += kLanes) {
-        Vec partial[kRows][kLanes] = {};
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, keys - j); ++i) {
-            const T* row = k + (j + i) * stride;
-            Vec acc[kRows] = {};
-            for (int64_t n = 0; n < depth; n += kLanes) {
-                const Vec x = Dot::load_row(row + n * Dot::kPair, head_dim - n * Dot::kPair);
-                for (int m = 0; m < kRows; ++m)
-                    acc[m] =
-                        Dot::step(load((const float*)(q + m * depth + n), depth - n), x, acc[m]);
+        Vec partial[kRows][kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+            const T* row = k + std::min(j + i, keys - 1) * stride;
+            Vec acc[kRows];
+            for_each_vector<kRows, 1>([&](int m, int) { acc[m] = Vec{}; });
+            for (int64_t n = 0; n < whole; n += kLanes) {
+                __builtin_prefetch(row + n * Dot::kPair + kAhead * stride);
+                const Vec x = Dot::load_row(row + n * Dot::kPair, kLanes * Dot::kPair);
+                for_each_vector<kRows, 1>([&](int m, int) {
+                    acc[m] = Dot::step(load((const float*)(q + m * depth + n)), x, acc[m]);
+                });
             }
-            for (int m = 0; m < kRows; ++m) partial[m][i] = acc[m];
+            if (whole < depth) {
+                const Vec x =
+                    Dot::load_row(row + whole * Dot::kPair, head_dim - whole * Dot::kPair);
+                for_each_vector<kRows, 1>([&](int m, int) {
+                    const Vec tail = load((const float*)(q + m * depth + whole), depth - whole);
+                    acc[m] = Dot::step(tail, x, acc[m]);
+                });
+            }
+            for_each_vector<kRows, 1>([&](int m, int) { partial[m][i] = acc[m]; });
         }
-        for (int m = 0; m < kRows; ++m) {
-            transpose(partial[m]);
-            for (int i = 1; i < kLanes; ++i) partial[m][0] = partial[m][0] + partial[m][i];
-            store(scores + m * kBlockN + j, partial[m][0]);
-        }
+        for (int m = 0; m < kRows; ++m) store(scores + m * kBlockN + j, sums(partial[m]));
     }
 }
 
@@ -71,12 +80,12 @@ void value_tile(const typename Dot::Element* p, int64_t p_stride, const typename
                 int64_t v_stride, int64_t keys, const float* correction, float* out,
                 int64_t out_stride) {
     Vec acc[kRows][kVectors];
-    for (int m = 0; m < kRows; ++m)
-        for (int n = 0; n < kVectors; ++n)
-            acc[m][n] = load(out + m * out_stride + n * kLanes) * correction[m];
+    for_each_vector<kRows, kVectors>([&](int m, int n) {
+        acc[m][n] = load(out + m * out_stride + n * kLanes) * correction[m];
+    });
     tile<Dot, kRows, kVectors>(p, p_stride, 1, v, v_stride, keys, acc);
-    for (int m = 0; m < kRows; ++m)
-        for (int n = 0; n < kVectors; ++n) store(out + m * out_stride + n * kLanes, acc[m][n]);
+    for_each_vector<kRows, kVectors>(
+        [&](int m, int n) { store(out + m * out_stride + n * kLanes, acc[m][n]); });
 }
 
 // Calls f with the smallest row count of a tile that holds `rows`.

@@ -14,18 +14,13 @@ template <class Dot, int kRows, int kVectors>
 __attribute__((noinline)) void product_tile(const typename Dot::Element* a, int64_t a_row,
                                             int64_t a_k, const typename Dot::Element* b, int64_t k,
                                             float* c, int64_t c_row, bool accumulate) {
-    Vec acc[kRows][kVectors] = {};
-    if (accumulate) {
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-            for (int n = 0; n < kVectors; ++n) acc[m][n] = load(c + m * c_row + n * kLanes);
-    }
+    Vec acc[kRows][kVectors];
+    for_each_vector<kRows, kVectors>([&](int m, int n) {
+        acc[m][n] = accumulate ? load(c + m * c_row + n * kLanes) : Vec{};
+    });
     tile<Dot, kRows, kVectors>(a, a_row, a_k, b, kPanel, k, acc);
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < kVectors; ++n) store(c + m * c_row + n * kLanes, acc[m][n]);
+    for_each_vector<kRows, kVectors>(
+        [&](int m, int n) { store(c + m * c_row + n * kLanes, acc[m][n]); });
 }
 
 // As product_tile, for a multiple of kRowStep rows up to kTileRows, and up to kPanel columns.

@@ -141,14 +141,14 @@ template <class Dot, int kRows>
 void tile_product(const typename Dot::Element* a, PackedRows strides,
                   const typename Dot::Element* b, int64_t k, bool first, float* c) {
     for (int64_t start = 0; start < k; start += kRun, first = false) {
-        Vec acc[kRows][kTileVectors] = {};
+        Vec acc[kRows][kTileVectors];
+        for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
         tile<Dot, kRows, kTileVectors>(a + start * strides.k, strides.row, strides.k,
                                        b + start * kPanel, kPanel, std::min(kRun, k - start), acc);
-        for (int m = 0; m < kRows; ++m)
-            for (int n = 0; n < kTileVectors; ++n) {
-                float* at = c + m * kPanel + n * kLanes;
-                store(at, first ? acc[m][n] : acc[m][n] + load(at));
-            }
+        for_each_vector<kRows, kTileVectors>([&](int m, int n) {
+            float* at = c + m * kPanel + n * kLanes;
+            store(at, first ? acc[m][n] : acc[m][n] + load(at));
+        });
     }
 }
 

@@ -46,6 +46,15 @@ struct DotBF16 {
 };
 #endif
 
+// Calls f(m, n) for each vector of a tile, unrolled: in a loop the compiler keeps the tile in memory.
+template <int kRows, int kVectors, class F>
+FASTATTN_INLINE void for_each_vector(F f) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < kVectors; ++n) f(m, n);
+}
+
 // acc[m][n] += sum over k of A[m, k] * B[k, n]. Element (m, k) of A lies at a[m * a_row + k * a_k];
 // row k of B begins at b + k * b_k and has kVectors * kLanes elements.
 template <class Dot, int kRows, int kVectors>
@@ -56,11 +65,9 @@ FASTATTN_INLINE void tile(const typename Dot::Element* a, int64_t a_row, int64_t
         Vec row[kVectors];
 #pragma GCC unroll 4
         for (int n = 0; n < kVectors; ++n) row[n] = load((const float*)b + n * kLanes);
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
-            for (int n = 0; n < kVectors; ++n)
-                acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]);
+        for_each_vector<kRows, kVectors>([&](int m, int n) {
+            acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]);
+        });
     }
 }
 
@@ -91,6 +98,20 @@ FASTATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
     }
+}
+
+// The sum of each of kLanes vectors, in the lane of its index: transpose, adding on the way.
+FASTATTN_INLINE Vec sums(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            Vec low, high;
+            zip(rows[i], rows[i + half], low, high);
+            rows[i] = low + high;
+        }
+    }
+    return rows[0];
 }
 
 // Packs the transpose of a row-major matrix for `tile`: element (row, column) goes to
