@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kBlockN = 256;
 constexpr int kTaskRows = 288;
-constexpr int kFewRows = 4;  // up to these, K is read as it lies: packing it would cost more
+constexpr int kFewRows = 4;    // up to these, K is read as it lies: packing it would cost more
 constexpr int64_t kAhead = 8;  // keys that are fetched ahead of their use
 constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
 
@@ -80,9 +80,8 @@ void value_tile(const typename Dot::Element* p, int64_t p_stride, const typename
                 int64_t v_stride, int64_t keys, const float* correction, float* out,
                 int64_t out_stride) {
     Vec acc[kRows][kVectors];
-    for_each_vector<kRows, kVectors>([&](int m, int n) {
-        acc[m][n] = load(out + m * out_stride + n * kLanes) * correction[m];
-    });
+    for_each_vector<kRows, kVectors>(
+        [&](int m, int n) { acc[m][n] = load(out + m * out_stride + n * kLanes) * correction[m]; });
     tile<Dot, kRows, kVectors>(p, p_stride, 1, v, v_stride, keys, acc);
     for_each_vector<kRows, kVectors>(
         [&](int m, int n) { store(out + m * out_stride + n * kLanes, acc[m][n]); });
@@ -196,6 +195,8 @@ class Task {
             row_max[r] = sink ? a.sinks[h] * kLog2E : -INFINITY;
             row_sum[r] = sink ? 1.0f : 0.0f;
         }
+        std::fill(row_max + count, row_max + padded + kLanes, -INFINITY);
+        std::fill(row_sum + count, row_sum + padded + kLanes, 0.0f);
         for (int64_t r = count; r < padded; ++r) {
             row[r] = {0, 0, {0, 0}};
             std::memset((void*)(q + r * depth), 0, depth * sizeof(Element));
@@ -240,7 +241,7 @@ class Task {
     void tile_of_rows(int64_t b, int64_t r, int64_t rows, int64_t j, KeyRange seen,
                       const Element* v_rows, int64_t v_stride) {
         alignas(64) float scores[kRows * kBlockN];  // (rows, keys), of the block
-        float correction[kRows];
+        alignas(64) float correction[round_up(kRows, kLanes)];
         const int64_t left = seen.begin / kPanel * kPanel;
         const int64_t right = round_up(seen.end, kPanel);
         if constexpr (kRows <= kFewRows) {
@@ -252,12 +253,7 @@ class Task {
         if (!few)
             for (int64_t n = left; n < right; n += kPanel)
                 score_tile<Dot, kRows>(q + r * depth, keys + n * depth, depth, scores + n);
-        for (int64_t m = 0; m < rows; ++m)
-            correction[m] = softmax_row(b, r + m, j, left, right, scores + m * kBlockN);
-        for (int64_t m = rows; m < kRows; ++m) {
-            correction[m] = 0.0f;
-            std::memset(scores + m * kBlockN + left, 0, (right - left) * sizeof(float));
-        }
+        softmax_rows<kRows>(b, r, rows, j, left, right, scores, correction);
         if constexpr (kPair == 1) {
             multiply_values<kRows>(scores + seen.begin, kBlockN, v_rows + seen.begin * v_stride,
                                    v_stride, seen.end - seen.begin, correction, r);
@@ -283,9 +279,50 @@ class Task {
             });
     }
 
-    // Scores of keys [j + left, j + right) become weights relative to the new row maximum. Returns
-    // the factor that brings earlier results to it.
-    float softmax_row(int64_t b, int64_t r, int64_t j, int64_t left, int64_t right, float* scores) {
+    // Scores of keys [j + left, j + right) become weights relative to the new row maxima, and
+    // `correction` the factors that bring earlier results to them. All rows take a step before any
+    // takes the next: what a row waits for, the others hide.
+    template <int kRows>
+    void softmax_rows(int64_t b, int64_t r, int64_t rows, int64_t j, int64_t left, int64_t right,
+                      float* scores, float* correction) {
+        constexpr int kPadded = round_up(kRows, kLanes);
+        alignas(64) float largest[kPadded], shift[kPadded];
+        for (int m = 0; m < kPadded; ++m)
+            largest[m] = m < rows ? visible_maximum(b, r + m, j, left, right, scores + m * kBlockN)
+                                  : -INFINITY;
+        // Lanes beyond the tile's rows keep what is theirs.
+        for (int m = 0; m < kPadded; m += kLanes) {
+            const Vec old = load(row_max + r + m);
+            const Vec fresh = max(load(largest + m) * log2_scale, old);
+            const Vec safe = select(fresh == splat(-INFINITY), Vec{}, fresh);
+            const Vec factor = exp2(old - safe);
+            store(row_max + r + m, fresh);
+            store(row_sum + r + m, load(row_sum + r + m) * factor);
+            store(shift + m, -safe);
+            store(correction + m, factor);
+        }
+        for (int m = 0; m < rows; ++m) {
+            float* weights = scores + m * kBlockN;
+            const Vec by = splat(shift[m]);
+            Vec sum = {};
+            for (int64_t n = left; n < right; n += kLanes) {
+                const Vec p = exp2(load(weights + n) * log2_scale + by);
+                sum = sum + p;
+                store(weights + n, p);
+            }
+            row_sum[r + m] += reduce_add(sum);
+            if (a.dropout.threshold)
+                apply_dropout(a, b, row[r + m].h, row[r + m].i, j + left, right - left,
+                              weights + left);
+        }
+        for (int m = rows; m < kRows; ++m)
+            std::memset(scores + m * kBlockN + left, 0, (right - left) * sizeof(float));
+    }
+
+    // Applies the features to one row's scores, hides what the row does not see, and returns the
+    // largest of the rest.
+    float visible_maximum(int64_t b, int64_t r, int64_t j, int64_t left, int64_t right,
+                          float* scores) {
         const Row& one = row[r];
         if (features)
             apply_features(a, b, one.h, one.i, j + left,
@@ -296,22 +333,7 @@ class Task {
         std::fill(scores + end, scores + right, -INFINITY);
         Vec largest = splat(-INFINITY);
         for (int64_t n = left; n < right; n += kLanes) largest = max(load(scores + n), largest);
-        const float old = row_max[r];
-        const float fresh = std::max(old, reduce_max(largest) * log2_scale);
-        const float safe = fresh == -INFINITY ? 0.0f : fresh;
-        const Vec scale = splat(log2_scale), shift = splat(-safe);
-        Vec sum = {};
-        for (int64_t n = left; n < right; n += kLanes) {
-            Vec p = exp2(load(scores + n) * scale + shift);
-            sum = sum + p;
-            store(scores + n, p);
-        }
-        const float factor = exp2(splat(old - safe))[0];
-        row_max[r] = fresh;
-        row_sum[r] = row_sum[r] * factor + reduce_add(sum);
-        if (a.dropout.threshold)
-            apply_dropout(a, b, one.h, one.i, j + left, right - left, scores + left);
-        return factor;
+        return reduce_max(largest);
     }
 
     void finish(int64_t b, int64_t r) {
@@ -335,7 +357,7 @@ class Task {
     Element *q, *keys, *values;
     float* acc;  // (kTaskRows, width)
     Row row[kTaskRows + kTileRows];
-    float row_max[kTaskRows + kTileRows], row_sum[kTaskRows + kTileRows];
+    float row_max[kTaskRows + kTileRows + kLanes], row_sum[kTaskRows + kTileRows + kLanes];
 };
 
 template <class T, class Dot>

@@ -15,9 +15,8 @@ __attribute__((noinline)) void product_tile(const typename Dot::Element* a, int6
                                             int64_t a_k, const typename Dot::Element* b, int64_t k,
                                             float* c, int64_t c_row, bool accumulate) {
     Vec acc[kRows][kVectors];
-    for_each_vector<kRows, kVectors>([&](int m, int n) {
-        acc[m][n] = accumulate ? load(c + m * c_row + n * kLanes) : Vec{};
-    });
+    for_each_vector<kRows, kVectors>(
+        [&](int m, int n) { acc[m][n] = accumulate ? load(c + m * c_row + n * kLanes) : Vec{}; });
     tile<Dot, kRows, kVectors>(a, a_row, a_k, b, kPanel, k, acc);
     for_each_vector<kRows, kVectors>(
         [&](int m, int n) { store(c + m * c_row + n * kLanes, acc[m][n]); });

@@ -46,7 +46,8 @@ struct DotBF16 {
 };
 #endif
 
-// Calls f(m, n) for each vector of a tile, unrolled: in a loop the compiler keeps the tile in memory.
+// Calls f(m, n) for each vector of a tile, unrolled: in a loop the compiler keeps the tile in
+// memory.
 template <int kRows, int kVectors, class F>
 FASTATTN_INLINE void for_each_vector(F f) {
 #pragma GCC unroll 16
@@ -65,9 +66,8 @@ FASTATTN_INLINE void tile(const typename Dot::Element* a, int64_t a_row, int64_t
         Vec row[kVectors];
 #pragma GCC unroll 4
         for (int n = 0; n < kVectors; ++n) row[n] = load((const float*)b + n * kLanes);
-        for_each_vector<kRows, kVectors>([&](int m, int n) {
-            acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]);
-        });
+        for_each_vector<kRows, kVectors>(
+            [&](int m, int n) { acc[m][n] = Dot::step(a + m * a_row, row[n], acc[m][n]); });
     }
 }
 
