@@ -29,7 +29,7 @@ CSRC = ROOT / "csrc"
 ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_bf16"), "aarch64": ("neon",)}
 OLDEST = {"gcc": 11, "clang": 14, "nvcc": 12}
 CXX_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=fast "
+    "-std=c++20 -O3 -DNDEBUG -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=fast "
     "-fno-trapping-math -Wall -Wextra"
 )
 NVCC_FLAGS = (

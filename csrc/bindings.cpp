@@ -28,10 +28,10 @@ PYBIND11_MODULE(_C, m) {
     using namespace fastattn;
     m.doc() = "fastattn's native kernels, on raw pointers, sizes and strides.";
 
-    py::enum_<DType>(m, "DType")
-        .value("float32", DType::float32)
-        .value("float16", DType::float16)
-        .value("bfloat16", DType::bfloat16);
+    // Integers: an enum's cast would cost as much as a small kernel.
+    m.attr("DTYPES") =
+        py::dict(py::arg("float32") = int(DType::float32), py::arg("float16") = int(DType::float16),
+                 py::arg("bfloat16") = int(DType::bfloat16));
 
     m.def("isas", &isas, "Instruction sets that the kernels were compiled for.");
     m.def("isas_available", &isas_available, "Those of isas() that this processor runs.");

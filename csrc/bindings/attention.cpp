@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "isa.h"
@@ -13,19 +12,21 @@
 namespace fastattn {
 namespace {
 
-using Sizes = std::array<int64_t, 7>;  // batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, _v
-using Tensor4 = std::tuple<uintptr_t, Strides4>;
+using Sizes = Ints<7>;  // batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v
+using Band = Ints<3>;   // left, right, offset
 
 // The arguments beyond q, k and v that a call may have.
 struct Features {
-    std::optional<Tensor4> mask, bias;
+    std::optional<Strided<4>> mask, bias;
     DType bias_dtype = DType::float32;
-    std::optional<std::tuple<uintptr_t, std::array<int64_t, 2>>> alibi_slopes;
+    std::optional<Strided<2>> alibi_slopes;
     uintptr_t sinks = 0, offsets = 0, seqlens_k = 0;
     double dropout_p = 0.0;
     uint64_t seed = 0;
-
-    mutable std::vector<int32_t> visible_lengths;
+    uintptr_t cu_seqlens_q = 0, cu_seqlens_k = 0;
+    int64_t total_q = 0;  // rows of all packed sequences
+    std::optional<Strided<2>> block_table;
+    int64_t page_size = 0;
 };
 
 template <class T>
@@ -37,7 +38,7 @@ T* out(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-Strides3 leading(const Strides4& strides) { return {strides[0], strides[1], strides[2]}; }
+Strides3 leading(const Ints<4>& strides) { return {strides[0], strides[1], strides[2]}; }
 
 // Shortens the sequences to the last key that is visible to any query.
 template <class Visible>
@@ -74,89 +75,110 @@ void skip_padding(AttentionArgs& a, std::vector<int32_t>& lengths) {
         });
 }
 
-void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
-          const Tensor4& v, double softmax_scale, double softcap,
-          const std::array<int64_t, 3>& band, const Features* features, bool deterministic) {
+void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Strided<4>& q,
+          const Strided<4>& k, const Strided<4>& v, double softmax_scale, double softcap,
+          const Band& band, const Features* features, bool deterministic) {
     a.dtype = dtype;
     a.batch = sizes[0], a.heads = sizes[1], a.heads_kv = sizes[2];
     a.seqlen_q = sizes[3], a.seqlen_k = sizes[4];
     a.head_dim = sizes[5], a.head_dim_v = sizes[6];
-    a.q = in<void>(std::get<0>(q)), a.q_strides = leading(std::get<1>(q));
-    a.k = in<void>(std::get<0>(k)), a.k_strides = leading(std::get<1>(k));
-    a.v = in<void>(std::get<0>(v)), a.v_strides = leading(std::get<1>(v));
+    a.q = in<void>(q.address), a.q_strides = leading(q.strides);
+    a.k = in<void>(k.address), a.k_strides = leading(k.strides);
+    a.v = in<void>(v.address), a.v_strides = leading(v.strides);
     a.softmax_scale = float(softmax_scale), a.softcap = float(softcap);
     a.window_left = band[0], a.window_right = band[1], a.offset = band[2];
     a.deterministic = deterministic;
+    a.lse_strides = {a.heads * a.seqlen_q, a.seqlen_q};
     if (!features) return;
     if (features->mask) {
-        a.mask = in<uint8_t>(std::get<0>(*features->mask));
-        a.mask_strides = std::get<1>(*features->mask);
+        a.mask = in<uint8_t>(features->mask->address);
+        a.mask_strides = features->mask->strides;
     }
     if (features->bias) {
-        a.bias = in<void>(std::get<0>(*features->bias));
-        a.bias_strides = std::get<1>(*features->bias);
+        a.bias = in<void>(features->bias->address);
+        a.bias_strides = features->bias->strides;
         a.bias_dtype = features->bias_dtype;
     }
     if (features->alibi_slopes) {
-        a.alibi_slopes = in<float>(std::get<0>(*features->alibi_slopes));
-        a.alibi_strides = std::get<1>(*features->alibi_slopes);
+        a.alibi_slopes = in<float>(features->alibi_slopes->address);
+        a.alibi_strides = features->alibi_slopes->strides;
     }
     a.sinks = in<float>(features->sinks);
     a.offsets = in<int32_t>(features->offsets);
     a.seqlens_k = in<int32_t>(features->seqlens_k);
     a.dropout = make_dropout(features->dropout_p, features->seed);
-    skip_padding(a, features->visible_lengths);
+    if (features->cu_seqlens_q) {
+        a.cu_seqlens_q = in<int32_t>(features->cu_seqlens_q);
+        a.cu_seqlens_k = in<int32_t>(features->cu_seqlens_k);
+        a.lse_strides = {0, features->total_q};
+    }
+    if (features->block_table) {
+        a.block_table = in<int32_t>(features->block_table->address);
+        a.block_table_stride = features->block_table->strides[0];
+        a.page_size = features->page_size;
+    }
 }
 
-void attention_fwd(DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
-                   const Tensor4& v, double softmax_scale, double softcap,
-                   const std::array<int64_t, 3>& band, const Features* features, bool deterministic,
-                   const Tensor4& result, uintptr_t lse) {
+void attention_fwd(DType dtype, const Sizes& sizes, const Strided<4>& q, const Strided<4>& k,
+                   const Strided<4>& v, double softmax_scale, double softcap, const Band& band,
+                   const Features* features, bool deterministic, const Strided<4>& result,
+                   uintptr_t lse) {
     AttentionFwdArgs a{};
     fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
-    a.out = out<void>(std::get<0>(result)), a.out_strides = leading(std::get<1>(result));
+    a.out = out<void>(result.address), a.out_strides = leading(result.strides);
     a.lse = out<float>(lse);
     py::gil_scoped_release release;
+    std::vector<int32_t> lengths;
+    skip_padding(a, lengths);
     kernels().attention_fwd(a);
 }
 
-// dbias: (address, strides in its own shape with 0 where broadcast, number of elements), float32.
-void attention_bwd(DType dtype, const Sizes& sizes, const Tensor4& q, const Tensor4& k,
-                   const Tensor4& v, double softmax_scale, double softcap,
-                   const std::array<int64_t, 3>& band, const Features* features, bool deterministic,
-                   const Tensor4& result, uintptr_t lse, const Tensor4& dout, uintptr_t dlse,
-                   uintptr_t delta, const Tensor4& dq, const Tensor4& dk, const Tensor4& dv,
-                   const std::optional<std::tuple<uintptr_t, Strides4, int64_t>>& dbias) {
+// dbias: strides in its own shape, 0 where broadcast; float32.
+void attention_bwd(DType dtype, const Sizes& sizes, const Strided<4>& q, const Strided<4>& k,
+                   const Strided<4>& v, double softmax_scale, double softcap, const Band& band,
+                   const Features* features, bool deterministic, const Strided<4>& result,
+                   uintptr_t lse, const Strided<4>& dout, uintptr_t dlse, uintptr_t delta,
+                   const Strided<4>& dq, const Strided<4>& dk, const Strided<4>& dv,
+                   const std::optional<Strided<4>>& dbias) {
     AttentionBwdArgs a{};
     fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
-    a.out = in<void>(std::get<0>(result)), a.out_strides = leading(std::get<1>(result));
-    a.dout = in<void>(std::get<0>(dout)), a.dout_strides = leading(std::get<1>(dout));
+    a.out = in<void>(result.address), a.out_strides = leading(result.strides);
+    a.dout = in<void>(dout.address), a.dout_strides = leading(dout.strides);
     a.lse = in<float>(lse), a.dlse = in<float>(dlse), a.delta = out<float>(delta);
-    a.dq = out<void>(std::get<0>(dq)), a.dq_strides = leading(std::get<1>(dq));
-    a.dk = out<void>(std::get<0>(dk)), a.dk_strides = leading(std::get<1>(dk));
-    a.dv = out<void>(std::get<0>(dv)), a.dv_strides = leading(std::get<1>(dv));
+    a.dq = out<void>(dq.address), a.dq_strides = leading(dq.strides);
+    a.dk = out<void>(dk.address), a.dk_strides = leading(dk.strides);
+    a.dv = out<void>(dv.address), a.dv_strides = leading(dv.strides);
     if (dbias) {
-        a.dbias = out<float>(std::get<0>(*dbias));
-        a.dbias_strides = std::get<1>(*dbias), a.dbias_size = std::get<2>(*dbias);
+        a.dbias = out<float>(dbias->address);
+        a.dbias_strides = dbias->strides;
     }
     py::gil_scoped_release release;
+    std::vector<int32_t> lengths;
+    skip_padding(a, lengths);
     kernels().attention_bwd(a);
 }
 
 }  // namespace
 
 void bind_attention(py::module_& m) {
-    py::class_<Features>(m, "AttentionFeatures", "What a call may have beside q, k and v.")
-        .def(py::init<>())
-        .def_readwrite("mask", &Features::mask)
-        .def_readwrite("bias", &Features::bias)
-        .def_readwrite("bias_dtype", &Features::bias_dtype)
-        .def_readwrite("alibi_slopes", &Features::alibi_slopes)
-        .def_readwrite("sinks", &Features::sinks)
-        .def_readwrite("offsets", &Features::offsets)
-        .def_readwrite("seqlens_k", &Features::seqlens_k)
-        .def_readwrite("dropout_p", &Features::dropout_p)
-        .def_readwrite("seed", &Features::seed);
+    py::class_<Features> features(m, "AttentionFeatures", "What a call may have beside q, k, v.");
+    features.def(py::init<>());
+    const auto member = [&](const char* name, auto at) {
+        const auto set = [at](Features& self,
+                              std::decay_t<decltype(std::declval<Features>().*at)> value) {
+            self.*at = value;
+        };
+        features.def_property(name, py::cpp_function(), py::cpp_function(set));
+    };
+    member("mask", &Features::mask), member("bias", &Features::bias);
+    member("bias_dtype", &Features::bias_dtype);
+    member("alibi_slopes", &Features::alibi_slopes), member("sinks", &Features::sinks);
+    member("offsets", &Features::offsets), member("seqlens_k", &Features::seqlens_k);
+    member("dropout_p", &Features::dropout_p), member("seed", &Features::seed);
+    member("cu_seqlens_q", &Features::cu_seqlens_q);
+    member("cu_seqlens_k", &Features::cu_seqlens_k);
+    member("total_q", &Features::total_q);
+    member("block_table", &Features::block_table), member("page_size", &Features::page_size);
     m.attr("UNBOUNDED") = kUnbounded;
     m.def("attention_fwd", &attention_fwd,
           "Each tensor is (address, strides); band is (left, right, offset).");

@@ -1,14 +1,79 @@
-// One bind_<op> per op, defined in bindings/<op>.cpp and called by bindings.cpp.
+// One bind_<op> per op, defined in bindings/<op>.cpp and called by bindings.cpp; and how they take
+// tuples of integers, without the cost of Python's sequence protocol.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <array>
+
+#include "cpu/dtype.h"
+
 namespace fastattn {
 
 namespace py = pybind11;
+
+template <size_t n>
+struct Ints : std::array<int64_t, n> {};
+
+// A tensor as (address, strides).
+template <size_t rank>
+struct Strided {
+    uintptr_t address;
+    Ints<rank> strides;
+};
 
 void bind_attention(py::module_& m);
 void bind_softmax(py::module_& m);
 void bind_ffn(py::module_& m);
 
 }  // namespace fastattn
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fastattn::DType> {
+    PYBIND11_TYPE_CASTER(fastattn::DType, const_name("int"));
+
+    bool load(handle source, bool) {
+        if (!PyLong_Check(source.ptr())) return false;
+        const long index = PyLong_AsLong(source.ptr());
+        value = fastattn::DType(index);
+        return index >= 0 && index <= long(fastattn::DType::bfloat16);
+    }
+};
+
+template <size_t n>
+struct type_caster<fastattn::Ints<n>> {
+    PYBIND11_TYPE_CASTER(fastattn::Ints<n>, const_name("tuple[int, ...]"));
+
+    bool load(handle source, bool) {
+        if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != Py_ssize_t(n))
+            return false;
+        for (size_t i = 0; i < n; ++i) {
+            value[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
+            if (value[i] == -1 && PyErr_Occurred()) {
+                PyErr_Clear();
+                return false;
+            }
+        }
+        return true;
+    }
+};
+
+template <size_t rank>
+struct type_caster<fastattn::Strided<rank>> {
+    PYBIND11_TYPE_CASTER(fastattn::Strided<rank>, const_name("tuple[int, tuple[int, ...]]"));
+
+    bool load(handle source, bool convert) {
+        if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 2) return false;
+        make_caster<uintptr_t> address;
+        make_caster<fastattn::Ints<rank>> strides;
+        if (!address.load(PyTuple_GET_ITEM(source.ptr(), 0), convert) ||
+            !strides.load(PyTuple_GET_ITEM(source.ptr(), 1), convert))
+            return false;
+        value = {cast_op<uintptr_t>(address), cast_op<fastattn::Ints<rank>>(strides)};
+        return true;
+    }
+};
+
+}  // namespace pybind11::detail

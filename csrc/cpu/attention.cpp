@@ -10,11 +10,13 @@
 
 #include <omp.h>
 
+#include <atomic>
+
 #include "cpu/simd.h"
 
 #include "cpu/target_begin.h"
 
-#include "cpu/attention_scores.h"
+#include "cpu/attention_forward.h"
 #include "cpu/scratch.h"
 
 namespace {
@@ -117,7 +119,8 @@ class Task {
 
   public:
     explicit Task(const AttentionFwdArgs& args)
-        : a(args),
+        : call(args),
+          a(args),
           features(has_features(args)),
           depth(round_up(args.head_dim, kPair) / kPair),
           width(round_up(args.head_dim_v, kLanes)),
@@ -128,6 +131,10 @@ class Task {
         keys = scratch<Element>(kBlockN * depth, 1);
         values = values_packed ? scratch<Element>(kBlockN / kPair * width, 2) : nullptr;
         acc = scratch<float>((kTaskRows + kTileRows) * width, 3);
+        if (a.block_table) {
+            gathered_k = scratch<T>(kBlockN * a.head_dim, 6);
+            gathered_v = scratch<T>(kBlockN * a.head_dim_v + kLanes, 7);
+        }
     }
 
     // Rows [first, first + count) of key/value head (b, head_kv), keys [key_begin, key_end). Where
@@ -182,6 +189,7 @@ class Task {
 
   private:
     void begin(int64_t b, int64_t head_kv, int64_t first, int64_t count, bool with_sink) {
+        if (call.cu_seqlens_q) a = one_sequence(call, b);
         const int64_t group = a.heads / a.heads_kv;
         const int64_t padded = round_up(count, kTileRows);
         for (int64_t r = 0; r < count; ++r) {
@@ -206,19 +214,15 @@ class Task {
 
     // All rows against keys [j, j + size).
     void block(int64_t b, int64_t head_kv, int64_t count, int64_t j, int64_t size) {
-        const T* k = (const T*)a.k + b * a.k_strides[0] + head_kv * a.k_strides[1];
-        const T* v = (const T*)a.v + b * a.v_strides[0] + head_kv * a.v_strides[1];
-        k_rows = k + j * a.k_strides[2];
-        if (!few) Ops::pack_keys(k_rows, a.k_strides[2], size, a.head_dim, depth, keys);
+        k_rows = rows_of(a.k, a.k_strides, b, head_kv, j, size, a.head_dim, gathered_k);
+        if (!few) Ops::pack_keys(k_rows.at, k_rows.stride, size, a.head_dim, depth, keys);
+        const Rows v = rows_of(a.v, a.v_strides, b, head_kv, j, size, a.head_dim_v, gathered_v);
         const Element* v_rows = values;
         int64_t v_stride = width;
-        if (values_packed) {
-            Ops::pack_values(v + j * a.v_strides[2], a.v_strides[2], size, a.head_dim_v, width,
-                             values);
-        } else {
-            v_rows = (const Element*)(v + j * a.v_strides[2]);
-            v_stride = a.v_strides[2];
-        }
+        if (values_packed)
+            Ops::pack_values(v.at, v.stride, size, a.head_dim_v, width, values);
+        else
+            v_rows = (const Element*)v.at, v_stride = v.stride;
         for (int64_t r = 0; r < count; r += kTileRows) {
             const int64_t rows = std::min<int64_t>(kTileRows, count - r);
             KeyRange seen{size, 0};
@@ -237,6 +241,26 @@ class Task {
         }
     }
 
+    struct Rows {
+        const T* at;
+        int64_t stride;
+    };
+
+    // Rows [j, j + count) of K or V; copied where they lie in several pages.
+    Rows rows_of(const void* base, const Strides3& strides, int64_t b, int64_t head_kv, int64_t j,
+                 int64_t count, int64_t columns, T* gathered) const {
+        const T* head = (const T*)base + head_kv * strides[1];
+        if (!a.block_table) return {head + b * strides[0] + j * strides[2], strides[2]};
+        const int32_t* pages = a.block_table + b * a.block_table_stride;
+        const auto row = [&](int64_t n) {
+            return head + pages[n / a.page_size] * strides[0] + n % a.page_size * strides[2];
+        };
+        if (j / a.page_size == (j + count - 1) / a.page_size) return {row(j), strides[2]};
+        for (int64_t n = 0; n < count; ++n)
+            std::memcpy(gathered + n * columns, row(j + n), columns * sizeof(T));
+        return {gathered, columns};
+    }
+
     template <int kRows>
     void tile_of_rows(int64_t b, int64_t r, int64_t rows, int64_t j, KeyRange seen,
                       const Element* v_rows, int64_t v_stride) {
@@ -246,7 +270,7 @@ class Task {
         const int64_t right = round_up(seen.end, kPanel);
         if constexpr (kRows <= kFewRows) {
             if (few) {
-                score_rows<Dot, kRows>(q, k_rows + left * a.k_strides[2], a.k_strides[2],
+                score_rows<Dot, kRows>(q, k_rows.at + left * k_rows.stride, k_rows.stride,
                                        a.head_dim, depth, seen.end - left, scores + left);
             }
         }
@@ -344,21 +368,31 @@ class Task {
             (T*)a.out + b * a.out_strides[0] + one.h * a.out_strides[1] + one.i * a.out_strides[2];
         for (int64_t n = 0; n < a.head_dim_v; n += kLanes)
             store(out + n, load(acc + r * width + n) * factor, a.head_dim_v - n);
-        a.lse[(b * a.heads + one.h) * a.seqlen_q + one.i] =
-            sum == 0.0f ? -INFINITY : row_max[r] * kLn2 + std::log(sum);
+        if (a.lse)
+            a.lse[b * a.lse_strides[0] + one.h * a.lse_strides[1] + one.i] =
+                sum == 0.0f ? -INFINITY : row_max[r] * kLn2 + std::log(sum);
     }
 
-    const AttentionFwdArgs& a;
+    const AttentionFwdArgs& call;
+    AttentionFwdArgs a;  // of the task's sequence
     const bool features;
     const int64_t depth, width;  // of a row of Q in Elements, of a row of the result
     const float log2_scale;      // of the scores in their buffer
-    const T* k_rows;             // of the block of keys, as they lie
+    Rows k_rows;                 // of the block of keys, as they lie
+    T *gathered_k = nullptr, *gathered_v = nullptr;
     bool few = false, values_packed;
     Element *q, *keys, *values;
     float* acc;  // (kTaskRows, width)
     Row row[kTaskRows + kTileRows];
     float row_max[kTaskRows + kTileRows + kLanes], row_sum[kTaskRows + kTileRows + kLanes];
 };
+
+// Rows of one key/value head of sequence b: its queries in each head of the group.
+int64_t rows_of_group(const AttentionFwdArgs& a, int64_t b) {
+    const int64_t seqlen_q =
+        a.cu_seqlens_q ? a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b] : a.seqlen_q;
+    return a.heads / a.heads_kv * seqlen_q;
+}
 
 template <class T, class Dot>
 void forward(const AttentionFwdArgs& a) {
@@ -381,30 +415,38 @@ void forward(const AttentionFwdArgs& a) {
     float* part = parts > 1 ? scratch<float>(tasks * parts * part_size, 5) : nullptr;
     const double flops = 4.0 * heads * group_rows * a.seqlen_k * (a.head_dim + a.head_dim_v) / 2;
     const bool parallel = threads > 1 && tasks * parts > 1 && flops > 2e5;
-#pragma omp parallel if (parallel)
-    {
+    std::atomic<int64_t> next = 0;
+    const auto work = [&] {
         Task<T, Dot> task(a);
-#pragma omp for schedule(dynamic)
-        for (int64_t at = 0; at < tasks * parts; ++at) {
+        for (int64_t at; (at = next++) < tasks * parts;) {
             // Last blocks first: under a causal band they have the most keys.
             const int64_t index = at / parts, p = at % parts;
             const int64_t head = index % heads, first = (blocks - 1 - index / heads) * task_rows;
-            const int64_t count = std::min(task_rows, group_rows - first);
+            const int64_t b = head / a.heads_kv;
+            const int64_t count = std::min(task_rows, rows_of_group(a, b) - first);
             const int64_t begin = p * part_keys, end = parts > 1 ? begin + part_keys : a.seqlen_k;
-            task.run(head / a.heads_kv, head % a.heads_kv, first, count, begin,
-                     std::min(end, a.seqlen_k), part ? part + at * part_size : nullptr);
+            if (count > 0)
+                task.run(b, head % a.heads_kv, first, count, begin, std::min(end, a.seqlen_k),
+                         part ? part + at * part_size : nullptr);
         }
-        if (part) {
-#pragma omp for schedule(static)
-            for (int64_t index = 0; index < tasks; ++index) {
-                const int64_t head = index % heads;
-                const int64_t first = (blocks - 1 - index / heads) * task_rows;
-                task.combine(head / a.heads_kv, head % a.heads_kv, first,
-                             std::min(task_rows, group_rows - first), parts,
-                             part + index * parts * part_size, part_size);
-            }
-        }
+    };
+    const auto combine = [&](int64_t index) {
+        const int64_t head = index % heads, b = head / a.heads_kv;
+        const int64_t first = (blocks - 1 - index / heads) * task_rows;
+        const int64_t count = std::min(task_rows, rows_of_group(a, b) - first);
+        if (count > 0)
+            Task<T, Dot>(a).combine(b, head % a.heads_kv, first, count, parts,
+                                    part + index * parts * part_size, part_size);
+    };
+    if (!parallel) {
+        work();
+    } else {
+#pragma omp parallel
+        work();
     }
+    if (!part) return;
+#pragma omp parallel for schedule(static) if (parallel)
+    for (int64_t index = 0; index < tasks; ++index) combine(index);
 }
 
 }  // namespace

@@ -30,6 +30,13 @@ struct AttentionArgs {
     int64_t offset;
     const int32_t* offsets = nullptr;    // (batch,), in place of offset
     const int32_t* seqlens_k = nullptr;  // (batch,)
+    // Packed sequences, one after the other along seqlen: where each begins, (batch + 1,). seqlen_q
+    // and seqlen_k are those of the longest.
+    const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+    // Paged cache: k and v are (pages, heads_kv, page_size, head_dim); page n of sequence b is
+    // block_table[b * block_table_stride + n].
+    const int32_t* block_table = nullptr;
+    int64_t block_table_stride = 0, page_size = 0;
     const uint8_t* mask = nullptr;
     Strides4 mask_strides{};
     const void* bias = nullptr;
@@ -39,26 +46,26 @@ struct AttentionArgs {
     std::array<int64_t, 2> alibi_strides{};  // (batch, heads)
     const float* sinks = nullptr;            // (heads,)
     Dropout dropout{0, 1.0f, 0};
-    bool deterministic = false;  // also across thread counts
+    bool deterministic = false;            // also across thread counts
+    std::array<int64_t, 2> lse_strides{};  // (batch, heads) of lse, dlse and delta
 };
 
 struct AttentionFwdArgs : AttentionArgs {
     void* out;
     Strides3 out_strides;
-    float* lse;  // (batch, heads, seqlen_q), contiguous
+    float* lse;  // or null
 };
 
 struct AttentionBwdArgs : AttentionArgs {
     const void *out, *dout;
     Strides3 out_strides, dout_strides;
-    const float* lse;             // (batch, heads, seqlen_q), contiguous, as delta
-    const float* dlse = nullptr;  // likewise
-    float* delta;                 // written: rowsum(dout * out) - dlse
+    const float* lse;
+    const float* dlse = nullptr;
+    float* delta;  // written: rowsum(dout * out) - dlse
     void *dq, *dk, *dv;
     Strides3 dq_strides, dk_strides, dv_strides;
     float* dbias = nullptr;  // contiguous in the bias's own shape, zeros on entry
     Strides4 dbias_strides{};
-    int64_t dbias_size = 0;
 };
 
 }  // namespace fastattn

@@ -16,50 +16,13 @@
 
 #include "cpu/target_begin.h"
 
-#include "cpu/attention_operands.h"
+#include "cpu/attention_backward.h"
 #include "cpu/attention_scores.h"
 #include "cpu/scratch.h"
 
 namespace {
 
-constexpr int64_t kBlockM = 96;                  // queries
-constexpr int64_t kBlockN = 192;                 // keys
-constexpr int64_t kScoresStride = kBlockN + 16;  // not a power of two: its rows share cache sets
-constexpr int64_t kSmallWork = 1 << 18;          // multiplications per product for one thread
-static_assert(kBlockM % kTileRows == 0 && kBlockN % kPanel == 0);
-
-const char* at(const void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h,
-               int64_t i) {
-    return (const char*)base + (b * strides[0] + h * strides[1] + i * strides[2]) * itemsize(dtype);
-}
-char* at(void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h, int64_t i) {
-    return const_cast<char*>(at((const void*)base, dtype, strides, b, h, i));
-}
-
-// Sizes that all tasks share.
-template <class Dot>
-struct Layout {
-    int64_t group, blocks_m, block_n;
-    int64_t depth, depth_v;    // Elements of a row of Q and K, of V and dout
-    int64_t stride, stride_v;  // the same, padded
-    int64_t width, width_v;    // columns of the accumulators, padded to panels
-    int64_t block_dq;          // floats of the dQ of one block of queries
-    int64_t dq_size;           // floats of the dQ of one task
-
-    explicit Layout(const AttentionBwdArgs& a)
-        : group(a.heads / a.heads_kv),
-          blocks_m((a.seqlen_q + kBlockM - 1) / kBlockM),
-          // Half a block keeps a wide head's operands in the second-level cache.
-          block_n(std::max(a.head_dim, a.head_dim_v) > 128 ? kBlockN / 2 : kBlockN),
-          depth((a.head_dim + Dot::kPair - 1) / Dot::kPair),
-          depth_v((a.head_dim_v + Dot::kPair - 1) / Dot::kPair),
-          stride(round_up(depth, kLanes)),
-          stride_v(round_up(depth_v, kLanes)),
-          width(round_up(a.head_dim, kPanel)),
-          width_v(round_up(a.head_dim_v, kPanel)),
-          block_dq(kBlockM * width),
-          dq_size(group * blocks_m * block_dq) {}
-};
+constexpr int64_t kSmallWork = 1 << 18;  // multiplications per product for one thread
 
 template <class Dot>
 class Task {
@@ -68,7 +31,8 @@ class Task {
 
   public:
     Task(const AttentionBwdArgs& args, const Layout<Dot>& layout, bool own_dq)
-        : a(args),
+        : call(args),
+          a(args),
           l(layout),
           features(has_features(args)),
           plain(args.softcap == 0 && !args.dropout.threshold && !args.dbias),
@@ -102,6 +66,10 @@ class Task {
     // Keys [key_begin, key_end) of key/value head (b, head_kv). dQ, unscaled, goes to `part`;
     // without one it is finished and stored.
     void run(int64_t b, int64_t head_kv, int64_t key_begin, int64_t key_end, float* part) {
+        if (call.cu_seqlens_q) {
+            a = one_sequence(call, b), l = Layout<Dot>(a);
+            key_end = std::min(key_end, a.seqlen_k);
+        }
         float* dq = part ? part : own;
         std::memset(dq, 0, l.dq_size * sizeof(float));
         prepare_rows(b, head_kv, key_begin == 0);
@@ -127,7 +95,7 @@ class Task {
     void prepare_rows(int64_t b, int64_t head_kv, bool first_part) {
         for (int64_t g = 0; g < l.group; ++g) {
             const int64_t h = head_kv * l.group + g;
-            const int64_t lse_at = (b * a.heads + h) * a.seqlen_q;
+            const int64_t lse_at = b * a.lse_strides[0] + h * a.lse_strides[1];
             for (int64_t i = 0; i < l.blocks_m * kBlockM; ++i) {
                 const int64_t row = g * l.blocks_m * kBlockM + i;
                 lse2[row] = INFINITY, correction[row] = 1.0f, delta[row] = 0.0f;
@@ -415,8 +383,9 @@ class Task {
         multiply(ds, q_panels, a.head_dim, dk);
     }
 
-    const AttentionBwdArgs& a;
-    const Layout<Dot>& l;
+    const AttentionBwdArgs& call;
+    AttentionBwdArgs a;  // of the task's sequence
+    Layout<Dot> l;
     const bool features, plain;
     const float log2_scale;
     float *lse2, *correction, *delta;      // (group, blocks_m * kBlockM)
@@ -477,10 +446,14 @@ void backward(const AttentionBwdArgs& a) {
 #pragma omp for schedule(static)
             for (int64_t index = 0; index < a.batch * a.heads_kv * blocks_q; ++index) {
                 const int64_t head = index / blocks_q, block = index % blocks_q;
+                const int64_t b = head / a.heads_kv;
+                const AttentionBwdArgs one = a.cu_seqlens_q ? one_sequence(a, b) : a;
+                const Layout<Dot> of_one(one);
+                if (block >= of_one.group * of_one.blocks_m) continue;
                 float* sum = partial + head * parts * layout.dq_size + block * layout.block_dq;
                 for (int64_t part = 1; part < parts; ++part)
                     add(sum, sum + part * layout.dq_size, layout.block_dq);
-                Task<Dot>::store_dq(a, layout, head / a.heads_kv, head % a.heads_kv, block, sum);
+                Task<Dot>::store_dq(one, of_one, b, head % a.heads_kv, block, sum);
             }
         }
     }

@@ -1,5 +1,5 @@
-// What both directions of attention share: how operands are packed, which keys a query sees, and
-// the features of its scores.
+// What both directions of attention share: packed sequences, which keys a query sees, and the
+// features of its scores.
 // Included inside a target region.
 #pragma once
 
@@ -13,51 +13,33 @@ constexpr int kPanel = kTileVectors * kLanes;  // keys or columns of a tile
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// How one storage type is multiplied: T is stored, Dot multiplies.
-template <class T, class Dot>
-struct Operand {
-    typedef typename Dot::Element Element;
-    static constexpr int kPair = Dot::kPair;  // elements of T in one Element
-
-    // Rows of Q, padded with zeros.
-    static void pack_row(const T* from, int64_t count, int64_t padded, Element* to) {
-        if constexpr (kPair == 1) {
-            for (int64_t n = 0; n < padded; n += kLanes) store(to + n, load(from + n, count - n));
-        } else {
-            std::memset(to, 0, padded * sizeof(Element));
-            std::memcpy(to, from, count * sizeof(T));
-        }
+// The arguments of sequence b of a packed call as those of a call whose sequences are all like it.
+template <class Args>
+Args one_sequence(const Args& a, int64_t b) {
+    Args one = a;
+    const int64_t first_q = a.cu_seqlens_q[b];
+    const auto move = [&a](auto*& base, Strides3& strides, int64_t first) {
+        base = (std::remove_reference_t<decltype(base)>)((const char*)base +
+                                                         first * strides[2] * itemsize(a.dtype));
+        strides[0] = 0;
+    };
+    one.seqlen_q = a.cu_seqlens_q[b + 1] - first_q;
+    move(one.q, one.q_strides, first_q), move(one.out, one.out_strides, first_q);
+    if (a.lse) one.lse += first_q;
+    int64_t first_k = 0;
+    if (a.cu_seqlens_k) {
+        first_k = a.cu_seqlens_k[b];
+        one.seqlen_k = a.cu_seqlens_k[b + 1] - first_k;
+        move(one.k, one.k_strides, first_k), move(one.v, one.v_strides, first_k);
     }
-
-    // Panels of K^T: (panel, head_dim / kPair, kPanel).
-    static void pack_keys(const T* k, int64_t stride, int64_t keys, int64_t depth,
-                          int64_t padded_depth, Element* to) {
-        for (int64_t j = 0; j < keys; j += kPanel, to += padded_depth * kPanel) {
-            if constexpr (kPair == 1)
-                pack_transposed(k + j * stride, stride, keys - j, depth, padded_depth, to, kPanel);
-            else
-                pack_transposed_pairs(k + j * stride, stride, keys - j, depth, padded_depth,
-                                      (float*)to, kPanel);
-        }
+    if constexpr (std::is_same_v<Args, AttentionBwdArgs>) {
+        move(one.dout, one.dout_strides, first_q), move(one.dq, one.dq_strides, first_q);
+        move(one.dk, one.dk_strides, first_k), move(one.dv, one.dv_strides, first_k);
+        one.delta += first_q;
+        if (a.dlse) one.dlse += first_q;
     }
-
-    // V for products over keys: (keys / kPair, padded_width), zeros beyond.
-    static void pack_values(const T* v, int64_t stride, int64_t keys, int64_t width,
-                            int64_t padded_width, Element* to) {
-        for (int64_t j = 0; j < keys; j += kPair, to += padded_width) {
-            for (int64_t n = 0; n < padded_width; n += kLanes) {
-                if constexpr (kPair == 1) {
-                    store(to + n, load(v + j * stride + n, width - n));
-                } else {
-                    UintVec low = load_bits(v + j * stride + n, width - n);
-                    UintVec high = {};
-                    if (j + 1 < keys) high = load_bits(v + (j + 1) * stride + n, width - n);
-                    store((float*)to + n, (Vec)(low | (high << 16)));
-                }
-            }
-        }
-    }
-};
+    return one;
+}
 
 struct KeyRange {
     int64_t begin, end;

@@ -161,6 +161,13 @@ FASTATTN_INLINE void store(Half* p, Vec v) {
 template <class T>
 FASTATTN_INLINE Vec load(const T* p, int64_t count) {
     if (count >= kLanes) return load(p);
+#if FASTATTN_AVX512
+    const __mmask16 first = count > 0 ? (1u << count) - 1 : 0;
+    if constexpr (sizeof(T) == 4)
+        return (Vec)_mm512_maskz_loadu_ps(first, p);
+    else
+        return widen(T{}, (HalfVec)_mm256_maskz_loadu_epi16(first, p));
+#endif
     T padded[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
     return load(padded);
@@ -168,6 +175,13 @@ FASTATTN_INLINE Vec load(const T* p, int64_t count) {
 template <class T>
 FASTATTN_INLINE void store(T* p, Vec v, int64_t count) {
     if (count >= kLanes) return store(p, v);
+#if FASTATTN_AVX512
+    const __mmask16 first = count > 0 ? (1u << count) - 1 : 0;
+    if constexpr (sizeof(T) == 4)
+        return _mm512_mask_storeu_ps(p, first, (__m512)v);
+    else
+        return _mm256_mask_storeu_epi16(p, first, (__m256i)narrow(T{}, v));
+#endif
     T padded[kLanes];
     store(padded, v);
     for (int64_t i = 0; i < count; ++i) p[i] = padded[i];

@@ -1,14 +1,16 @@
 """Scaled dot-product attention: signature, autograd and torch.library registration."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastattn import dispatch, philox
 from fastattn.ops import attention_problem, common
-from fastattn.ops.attention_problem import AttentionTensors
+from fastattn.ops.attention_problem import (
+    AttentionProblem,
+    AttentionScalars,
+    AttentionTensors,
+)
 
 
 def attention(
@@ -113,18 +115,21 @@ def attention(
         )
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
-    args = (
+    t = AttentionTensors(
         q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
-        cu_seqlens_q, cu_seqlens_k, block_table, softmax_scale, left, right, offset,
-        softcap or 0.0, dropout_p, max_seqlen_q or 0, max_seqlen_k or 0,
+        cu_seqlens_q, cu_seqlens_k, block_table,
+    )  # fmt: skip
+    scalars = AttentionScalars(
+        softmax_scale, left, right, offset, softcap or 0.0, dropout_p,
+        max_seqlen_q or 0, max_seqlen_k or 0,
         deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     if not common.is_plain(q, k, v, mask, bias, sinks) or q.is_meta:
-        out, lse = torch.ops.fastattn.attention_fwd(*args)
+        out, lse = torch.ops.fastattn.attention_fwd(*t, *scalars)
     elif common.needs_grad(q, k, v, bias, sinks):
-        out, lse = _Attention.apply(*args)
+        out, lse = _Attention.apply(q, k, v, bias, sinks, (t, scalars))
     else:
-        out, lse = _fwd(*args)
+        out, lse = _fwd(t, scalars, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -156,116 +161,53 @@ def _empty_outputs(t: AttentionTensors) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((batch, heads, seqlen_q), dtype=lse_dtype)
 
 
+def _problem(
+    op: str, t: AttentionTensors, scalars: AttentionScalars, bias_grad: bool = False
+) -> tuple[AttentionProblem, AttentionTensors]:
+    """The call's problem, and its tensors with mask and bias 4-D."""
+    problem = attention_problem.problem(op, t, scalars, bias_grad)
+    if t.mask is not None or t.bias is not None:
+        t = t._replace(mask=common.as_rank(t.mask, 4), bias=common.as_rank(t.bias, 4))
+    return problem, t
+
+
 def _fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional[Tensor],
-    bias: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
-    seed: Optional[Tensor],
-    offset_tensor: Optional[Tensor],
-    seqlens_k: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    block_table: Optional[Tensor],
-    softmax_scale: float,
-    window_left: Optional[int],
-    window_right: Optional[int],
-    offset: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    t = AttentionTensors(
-        q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
-        cu_seqlens_q, cu_seqlens_k, block_table,
-    )  # fmt: skip
-    problem = attention_problem.problem(
-        "attention_fwd", t, softmax_scale, window_left, window_right, offset, softcap, dropout_p,
-        max_seqlen_q, max_seqlen_k, deterministic,
-    )  # fmt: skip
-    if mask is not None or bias is not None:
-        t = t._replace(mask=common.as_rank(mask, 4), bias=common.as_rank(bias, 4))
-    return dispatch.select(problem).attention_fwd(problem, t)
+    t: AttentionTensors, scalars: AttentionScalars, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    problem, t = _problem("attention_fwd", t, scalars)
+    attention_problem.check_values(t, problem)
+    return dispatch.select(problem).attention_fwd(problem, t, with_lse)
 
 
 def _bwd(
     dout: Tensor,
-    dlse: Optional[Tensor],
+    dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Optional[Tensor],
-    bias: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
-    seed: Optional[Tensor],
-    offset_tensor: Optional[Tensor],
-    seqlens_k: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
-    block_table: Optional[Tensor],
-    softmax_scale: float,
-    window_left: Optional[int],
-    window_right: Optional[int],
-    offset: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    deterministic: bool,
+    t: AttentionTensors,
+    scalars: AttentionScalars,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    t = AttentionTensors(
-        q, k, v, mask, bias, alibi_slopes, sinks, seed, offset_tensor, seqlens_k,
-        cu_seqlens_q, cu_seqlens_k, block_table,
-    )  # fmt: skip
-    problem = attention_problem.problem(
-        "attention_bwd", t, softmax_scale, window_left, window_right, offset, softcap, dropout_p,
-        max_seqlen_q, max_seqlen_k, deterministic, bias_grad,
-    )  # fmt: skip
-    if mask is not None or bias is not None:
-        t = t._replace(mask=common.as_rank(mask, 4), bias=common.as_rank(bias, 4))
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, bias and sinks, None where absent or, of the bias, not asked for."""
+    problem, four_dims = _problem("attention_bwd", t, scalars, bias_grad)
     backend = dispatch.select(problem)
-    dq, dk, dv, dbias, dsinks = backend.attention_bwd(problem, t, out, lse, dout, dlse)
+    dq, dk, dv, dbias, dsinks = backend.attention_bwd(problem, four_dims, out, lse, dout, dlse)
     if dbias is not None:
-        dbias = dbias.reshape(bias.shape)
+        dbias = dbias.reshape(t.bias.shape)
     return dq, dk, dv, dbias, dsinks
 
 
-def _fwd_meta(*args) -> tuple[Tensor, Tensor]:
-    t = AttentionTensors(*args[:13])
-    attention_problem.check("attention_fwd", t, *args[13:])
-    return _empty_outputs(t)
-
-
-def _bwd_library(*args):
-    grads = _bwd(*args)
-    return tuple(args[4].new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _bwd_meta(dout, dlse, out, lse, q, k, v, *rest):
-    bias = rest[1] if rest[-1] else None
-    sinks = rest[3]
-    return tuple(
-        q.new_empty(0) if tensor is None else torch.empty_like(tensor)
-        for tensor in (q, k, v, bias, sinks)
-    )
-
-
 class _Attention(torch.autograd.Function):
-    """The eager call under autograd; `attention_fwd` of torch.library is its traceable twin."""
+    """The eager call under autograd; `attention_fwd` of torch.library is its traceable twin.
+
+    Only what may need a gradient is an argument of its own: each argument costs time.
+    """
 
     @staticmethod
-    def forward(ctx, *args):
-        out, lse = _fwd(*args)
-        _setup_context(ctx, args, (out, lse))
+    def forward(ctx, q, k, v, bias, sinks, call):
+        t, scalars = call
+        out, lse = _fwd(t, scalars)
+        _save(ctx, t, scalars, out, lse)
         ctx.forced_backend = dispatch.forced_backend()
         return out, lse
 
@@ -273,43 +215,85 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         with dispatch.backward_backend(ctx.forced_backend):
-            return _backward(ctx, dout, dlse, _bwd)
+            grads = _backward(ctx, dout, dlse, ctx.needs_input_grad[3], _bwd)
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(grad if needs else None for grad, needs in needed), None
 
 
-def _setup_context(ctx, inputs, output):
-    out, lse = output
-    ctx.save_for_backward(out, lse, *inputs[:13])
-    ctx.scalars = inputs[13:]
+def _save(ctx, t, scalars, out, lse):
+    ctx.save_for_backward(out, lse, *t)
+    ctx.scalars = scalars
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse, bwd):
+def _backward(ctx, dout, dlse, bias_grad, bwd):
     out, lse, *tensors = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * 22
+            return (None,) * 5
         dout = torch.zeros_like(out)
-    dq, dk, dv, dbias, dsinks = bwd(
-        dout, dlse, out, lse, *tensors, *ctx.scalars, ctx.needs_input_grad[4]
+    return bwd(dout, dlse, out, lse, AttentionTensors(*tensors), ctx.scalars, bias_grad)
+
+
+_TENSORS = len(AttentionTensors._fields)
+
+
+def _fwd_library(*args):
+    return _fwd(AttentionTensors(*args[:_TENSORS]), AttentionScalars(*args[_TENSORS:]))
+
+
+def _fwd_meta(*args):
+    t = AttentionTensors(*args[:_TENSORS])
+    attention_problem.check("attention_fwd", t, AttentionScalars(*args[_TENSORS:]))
+    return _empty_outputs(t)
+
+
+def _bwd_library(dout, dlse, out, lse, *args):
+    t, scalars = AttentionTensors(*args[:_TENSORS]), AttentionScalars(*args[_TENSORS:-1])
+    grads = _bwd(dout, dlse, out, lse, t, scalars, args[-1])
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _bwd_meta(dout, dlse, out, lse, *args):
+    t = AttentionTensors(*args[:_TENSORS])
+    bias = t.bias if args[-1] else None
+    return tuple(
+        dout.new_empty(0) if tensor is None else torch.empty_like(tensor)
+        for tensor in (t.q, t.k, t.v, bias, t.sinks)
     )
-    if not ctx.needs_input_grad[4]:
-        dbias = None
-    if not ctx.needs_input_grad[6]:
-        dsinks = None
-    return dq, dk, dv, None, dbias, None, dsinks, *(None,) * 15
+
+
+def _library_setup(ctx, inputs, output):
+    t, scalars = AttentionTensors(*inputs[:_TENSORS]), AttentionScalars(*inputs[_TENSORS:])
+    _save(ctx, t, scalars, *output)
 
 
 def _library_backward(ctx, dout, dlse):
-    return _backward(ctx, dout, dlse, torch.ops.fastattn.attention_bwd)
+    needs = AttentionTensors(*ctx.needs_input_grad[:_TENSORS])
+
+    def bwd(dout, dlse, out, lse, t, scalars, bias_grad):
+        return torch.ops.fastattn.attention_bwd(dout, dlse, out, lse, *t, *scalars, bias_grad)
+
+    dq, dk, dv, dbias, dsinks = _backward(ctx, dout, dlse, needs.bias, bwd)
+    grads = dict(q=dq, k=dk, v=dv, bias=dbias, sinks=dsinks)
+    by_tensor = (grads.get(name) if need else None for name, need in needs._asdict().items())
+    return *by_tensor, *(None,) * len(AttentionScalars._fields)
 
 
-_fwd_op = torch.library.custom_op("fastattn::attention_fwd", _fwd, mutates_args=())
+_CALL = common.schema_of(AttentionTensors, AttentionScalars)
+_fwd_op = torch.library.custom_op(
+    "fastattn::attention_fwd",
+    _fwd_library,
+    mutates_args=(),
+    schema=f"({_CALL}) -> (Tensor, Tensor)",
+)
 _fwd_op.register_fake(_fwd_meta)
-_fwd_op.register_autograd(_library_backward, setup_context=_setup_context)
+_fwd_op.register_autograd(_library_backward, setup_context=_library_setup)
 _bwd_op = torch.library.custom_op(
     "fastattn::attention_bwd",
     _bwd_library,
     mutates_args=(),
-    schema=common.schema(_bwd, returns=5),
+    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CALL}, bool bias_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bwd_op.register_fake(_bwd_meta)

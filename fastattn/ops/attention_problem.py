@@ -1,5 +1,6 @@
 """The metadata and the tensors of an attention call, and the checks that all of them pass."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class AttentionProblem(NamedTuple):
     seqlens_k: bool
     packed: bool
     page_size: int  # 0: not paged
+    plain: bool  # no tensors but q, k and v
 
 
 class AttentionTensors(NamedTuple):
@@ -52,68 +54,59 @@ class AttentionTensors(NamedTuple):
     alibi_slopes: Tensor | None
     sinks: Tensor | None
     seed: Tensor | None
-    offset: Tensor | None
+    offsets: Tensor | None
     seqlens_k: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     block_table: Tensor | None
 
 
+class AttentionScalars(NamedTuple):
+    """What a call says beside its tensors; `causal` is in the window, defaults are filled in."""
+
+    softmax_scale: float
+    window_left: int | None
+    window_right: int | None
+    offset: int  # 0 where it is a tensor
+    softcap: float  # 0: none
+    dropout_p: float
+    max_seqlen_q: int  # 0: not packed
+    max_seqlen_k: int
+    deterministic: bool
+
+
 _checked: dict[tuple, AttentionProblem] = {}
 _CHECKED_LIMIT = 4096
 
 
+def _is_plain(t: AttentionTensors) -> bool:
+    # Written out: every eager call passes here.
+    features = t.mask is t.bias is t.alibi_slopes is t.sinks is t.seed is t.offsets is None
+    return features and t.seqlens_k is t.cu_seqlens_q is t.cu_seqlens_k is t.block_table is None
+
+
 def problem(
-    op: str,
-    t: AttentionTensors,
-    softmax_scale: float,
-    left: int | None,
-    right: int | None,
-    offset: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    deterministic: bool,
-    bias_grad: bool = False,
+    op: str, t: AttentionTensors, scalars: AttentionScalars, bias_grad: bool = False
 ) -> AttentionProblem:
     """The call's problem; a call like an earlier one is not checked again."""
     q, k, v = t[:3]
-    plain = t.mask is t.bias is t.alibi_slopes is t.sinks is t.seed is None
-    plain = plain and t.offset is t.seqlens_k is t.cu_seqlens_q is t.cu_seqlens_k is None
-    key = None
-    if plain and t.block_table is None:
-        key = (
-            op, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device,
-            v.device, softmax_scale, left, right, offset, softcap, deterministic,
-        )  # fmt: skip
-        known = _checked.get(key)
-        if known is not None:
-            return known
-    checked = check(
-        op, t, softmax_scale, left, right, offset, softcap, dropout_p,
-        max_seqlen_q, max_seqlen_k, deterministic, bias_grad,
+    key: tuple = (
+        op, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        scalars, bias_grad,
     )  # fmt: skip
-    if key is not None:
+    if not _is_plain(t):
+        key += tuple(None if x is None else (x.shape, x.dtype, x.device) for x in t[3:])
+    known = _checked.get(key)
+    if known is None:
+        known = check(op, t, scalars, bias_grad)
         if len(_checked) >= _CHECKED_LIMIT:
             _checked.clear()
-        _checked[key] = checked
-    return checked
+        _checked[key] = known
+    return known
 
 
 def check(
-    op: str,
-    t: AttentionTensors,
-    softmax_scale: float,
-    left: int | None,
-    right: int | None,
-    offset: int,
-    softcap: float,
-    dropout_p: float,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    deterministic: bool,
-    bias_grad: bool = False,
+    op: str, t: AttentionTensors, scalars: AttentionScalars, bias_grad: bool = False
 ) -> AttentionProblem:
     """The problem of a call; raises ValueError or TypeError, naming the argument that is wrong."""
     q, k, v = t.q, t.k, t.v
@@ -125,7 +118,7 @@ def check(
             raise ValueError("cu_seqlens_k: expected a tensor beside cu_seqlens_q, got None")
         _check_dims("q", q, 3, "(total_q, heads, head_dim)")
         batch = t.cu_seqlens_q.shape[0] - 1
-        heads, seqlen_q = q.shape[1], max_seqlen_q
+        heads, seqlen_q = q.shape[1], scalars.max_seqlen_q
     else:
         if t.cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_q: expected a tensor beside cu_seqlens_k, got None")
@@ -144,7 +137,7 @@ def check(
     elif packed:
         _check_dims("k", k, 3, "(total_k, heads_kv, head_dim)")
         _check_dims("v", v, 3, "(total_k, heads_kv, head_dim_v)")
-        heads_kv, seqlen_k = k.shape[1], max_seqlen_k
+        heads_kv, seqlen_k = k.shape[1], scalars.max_seqlen_k
     else:
         _check_dims("k", k, 4, "(batch, heads_kv, seqlen_k, head_dim)")
         _check_dims("v", v, 4, "(batch, heads_kv, seqlen_k, head_dim_v)")
@@ -163,14 +156,15 @@ def check(
     for name, cu_seqlens in (("cu_seqlens_q", t.cu_seqlens_q), ("cu_seqlens_k", t.cu_seqlens_k)):
         if cu_seqlens is not None:
             _check_vector(name, cu_seqlens, torch.int32, (batch + 1,))
-    for name, lengths in (("seqlens_k", t.seqlens_k), ("offset", t.offset)):
+    for name, lengths in (("seqlens_k", t.seqlens_k), ("offset", t.offsets)):
         if lengths is not None:
             _check_vector(name, lengths, torch.int32, (batch,))
-    for name, bound in (("window", left), ("window", right), ("offset", offset)):
+    bounds = (scalars.window_left, scalars.window_right, scalars.offset)
+    for name, bound in zip(("window", "window", "offset"), bounds, strict=True):
         if bound is not None and not isinstance(bound, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected int, got {type(bound).__name__}")
-    if softcap < 0:
-        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+    if scalars.softcap < 0:
+        raise ValueError(f"softcap: expected a positive number, got {scalars.softcap}")
     if t.sinks is not None:
         _check_vector("sinks", t.sinks, None, (heads,))
     if t.alibi_slopes is not None:
@@ -197,14 +191,14 @@ def check(
         seqlen_k=seqlen_k,
         head_dim=q.shape[-1],
         head_dim_v=v.shape[-1],
-        softmax_scale=softmax_scale,
-        window_left=left,
-        window_right=right,
-        offset=offset,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        offset_tensor=t.offset is not None,
+        softmax_scale=scalars.softmax_scale,
+        window_left=scalars.window_left,
+        window_right=scalars.window_right,
+        offset=scalars.offset,
+        softcap=scalars.softcap,
+        dropout_p=scalars.dropout_p,
+        deterministic=scalars.deterministic,
+        offset_tensor=t.offsets is not None,
         mask=t.mask is not None,
         bias=None if t.bias is None else t.bias.dtype,
         bias_grad=bias_grad,
@@ -213,7 +207,42 @@ def check(
         seqlens_k=t.seqlens_k is not None,
         packed=packed,
         page_size=page_size,
+        plain=_is_plain(t),
     )
+
+
+def check_values(t: AttentionTensors, problem: AttentionProblem) -> None:
+    """Raise where packed or paged sequences reach beyond their tensors.
+
+    Of tensors on the CPU only: reading others would wait for their device.
+    """
+    if not (problem.packed or problem.page_size) or problem.device != "cpu":
+        return
+    packed = (
+        ("q", t.cu_seqlens_q, t.q, problem.seqlen_q),
+        ("k", t.cu_seqlens_k, t.k, problem.seqlen_k),
+    )
+    for name, cu_seqlens, rows, longest in packed:
+        if cu_seqlens is None:
+            continue
+        starts = cu_seqlens.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        if starts[0] != 0 or starts[-1] > rows.shape[0] or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{name}: expected to rise from 0 to at most {rows.shape[0]}, "
+                f"got {starts}"
+            )
+        if max(lengths, default=0) > longest:
+            raise ValueError(f"max_seqlen_{name}: expected at least {max(lengths)}, got {longest}")
+    if t.block_table is None:
+        return
+    used = torch.arange(t.block_table.shape[1]) * problem.page_size < t.seqlens_k[:, None]
+    pages = t.block_table[used]
+    if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < t.k.shape[0]:
+        raise ValueError(
+            f"block_table: expected pages from 0 to {t.k.shape[0] - 1} up to seqlens_k, "
+            f"got {int(pages.min())} to {int(pages.max())}"
+        )
 
 
 def _check_dtype_and_device(t: AttentionTensors) -> None:
@@ -226,6 +255,7 @@ def _check_dtype_and_device(t: AttentionTensors) -> None:
             raise TypeError(f"{name}: expected {t.q.dtype} as in q, got {dtype}")
     for name, tensor in zip(t._fields, t, strict=True):
         if tensor is not None and tensor.device != t.q.device:
+            name = "offset" if name == "offsets" else name
             raise ValueError(f"{name}: expected device {t.q.device} as q, got {tensor.device}")
 
 

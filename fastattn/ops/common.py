@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
@@ -99,6 +100,26 @@ def schema(fn: Callable, returns: int) -> str:
     arguments = torch.library.infer_schema(_returning_tensor(fn), mutates_args=())
     results = ", ".join(["Tensor"] * returns)
     return f"{arguments.rsplit('->', 1)[0]}-> ({results})"
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    bool: "bool",
+    int: "SymInt",
+    int | None: "SymInt?",
+    str: "str",
+}
+
+
+def schema_of(*tuples: type) -> str:
+    """The fields of NamedTuples as arguments of a torch.library schema."""
+    return ", ".join(
+        f"{_SCHEMA_TYPES[kind]} {name}"
+        for fields in tuples
+        for name, kind in get_type_hints(fields).items()
+    )
 
 
 def _returning_tensor(fn: Callable) -> Callable:

@@ -276,6 +276,30 @@ def test_paged(backend):
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page_size", [16, 100, 512])
+@pytest.mark.parametrize("packed", [False, True])
+def test_paged_decode(backend, dtype, page_size, packed):
+    """Long caches, of which a block of keys lies in several pages, or a page has several blocks."""
+    batch, heads, heads_kv, head_dim = 3, 8, 2, 40
+    max_pages = -(-1100 // page_size)
+    pages = torch.randperm(batch * max_pages)
+    block_table = pages.view(batch, max_pages).to(torch.int32)
+    seqlens_k = torch.tensor([1100, 300, 1], dtype=torch.int32)
+    k, v = torch.randn(2, batch * max_pages, page_size, heads_kv, head_dim, dtype=dtype)
+    kwargs = dict(block_table=block_table, seqlens_k=seqlens_k, causal=True, offset=seqlens_k - 1)
+    q = torch.randn(batch, heads, 1, head_dim, dtype=dtype)
+    gathered = [t[block_table.long()].flatten(1, 2).transpose(1, 2).double() for t in (k, v)]
+    exact, _ = oracle.attention(q.double(), *gathered, seqlens_k=seqlens_k)
+    if packed:
+        starts = torch.arange(batch + 1, dtype=torch.int32)
+        out = fastattn.attention(q[:, :, 0], k, v, cu_seqlens_q=starts, **kwargs)[:, :, None]
+    else:
+        out = fastattn.attention(q, k, v, **kwargs)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
+
+
 @settings(
     max_examples=12,
     deadline=None,

@@ -66,7 +66,33 @@ BAD = {
     "cu_seqlens_q: expected a tensor beside": (
         lambda q, k, v: ((q, k, v), dict(cu_seqlens_k=torch.tensor([0, 5], dtype=I32)))
     ),
+    "cu_seqlens_q: expected to rise from 0 to at most 5": lambda q, k, v: packed(q, k, v, [0, 6]),
+    "cu_seqlens_q: expected to rise": lambda q, k, v: packed(q, k, v, [0, 4, 2], [0, 1, 2]),
+    "cu_seqlens_k: expected to rise": lambda q, k, v: packed(q, k, v, [0, 5], [1, 7]),
+    "max_seqlen_q: expected at least 5, got 4": (
+        lambda q, k, v: packed(q, k, v, [0, 5], max_seqlen_q=4)
+    ),
+    "block_table: expected pages from 0 to 1 up to seqlens_k, got 0 to 2": (
+        lambda q, k, v: paged(q, k, v, [[0, 1], [2, 0]])
+    ),
 }
+
+
+def packed(q, k, v, starts_q, starts_k=(0, 7), **kwargs):
+    """The first sequence of the batch, packed."""
+    starts = {
+        "cu_seqlens_q": torch.tensor(starts_q, dtype=I32),
+        "cu_seqlens_k": torch.tensor(starts_k, dtype=I32),
+    }
+    return tuple(x[0].transpose(0, 1) for x in (q, k, v)), starts | kwargs
+
+
+def paged(q, k, v, pages):
+    """k and v as two pages of seven keys."""
+    table = torch.tensor(pages, dtype=I32)
+    lengths = torch.full((2,), 14, dtype=I32)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return (q, k, v), dict(block_table=table, seqlens_k=lengths)
 
 
 @pytest.mark.parametrize("message", BAD)

@@ -1,7 +1,5 @@
 """The native module, and how its functions take tensors."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,18 +11,14 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     MISSING = f"native module not available: {error}"
 
-DTYPES: dict[torch.dtype, Any] = {}
+DTYPES: dict[torch.dtype, int] = {}
 if _C is not None:
-    DTYPES = {
-        torch.float32: _C.DType.float32,
-        torch.float16: _C.DType.float16,
-        torch.bfloat16: _C.DType.bfloat16,
-    }
+    DTYPES = {getattr(torch, name): index for name, index in _C.DTYPES.items()}
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied unless its last stride is 1."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    return tensor if tensor.stride()[-1] == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -10,8 +10,8 @@ from fastattn.backends.reference import common
 
 
 @common.without_autocast
-def attention_fwd(problem, t) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of attention (see `fastattn.attention`)."""
+def attention_fwd(problem, t, with_lse=True) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention (see `fastattn.attention`), lse in any case."""
     if not problem.packed:
         return _dense_fwd(problem, _unpaged(t), 0)
     out = t.q.new_zeros(*t.q.shape[:2], problem.head_dim_v)
@@ -99,7 +99,7 @@ def _sequences(t):
         rows = slice(starts_q[index], starts_q[index + 1])
         one = t._replace(
             q=_batched(t.q[rows]),
-            offset=None if t.offset is None else t.offset[index, None],
+            offsets=None if t.offsets is None else t.offsets[index, None],
             seqlens_k=None if t.seqlens_k is None else t.seqlens_k[index, None],
         )
         if t.alibi_slopes is not None and t.alibi_slopes.dim() == 2:
@@ -171,7 +171,7 @@ def _distance(problem, t) -> Tensor:
     """j - (i + offset), of shape (1 or batch, 1, seqlen_q, seqlen_k)."""
     i = torch.arange(t.q.shape[2], device=t.q.device)[:, None]
     j = torch.arange(t.k.shape[2], device=t.q.device)
-    offset = problem.offset if t.offset is None else t.offset.long().view(-1, 1, 1, 1)
+    offset = problem.offset if t.offsets is None else t.offsets.long().view(-1, 1, 1, 1)
     return (j - i).view(1, 1, i.shape[0], j.shape[0]) - offset
 
 

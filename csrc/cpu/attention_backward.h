@@ -6,6 +6,44 @@
 
 namespace {
 
+constexpr int64_t kBlockM = 96;                  // queries
+constexpr int64_t kBlockN = 192;                 // keys
+constexpr int64_t kScoresStride = kBlockN + 16;  // not a power of two: its rows share cache sets
+static_assert(kBlockM % kTileRows == 0 && kBlockN % kPanel == 0);
+
+const char* at(const void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h,
+               int64_t i) {
+    return (const char*)base + (b * strides[0] + h * strides[1] + i * strides[2]) * itemsize(dtype);
+}
+char* at(void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h, int64_t i) {
+    return const_cast<char*>(at((const void*)base, dtype, strides, b, h, i));
+}
+
+// Sizes that all tasks share.
+template <class Dot>
+struct Layout {
+    int64_t group, blocks_m, block_n;
+    int64_t depth, depth_v;    // Elements of a row of Q and K, of V and dout
+    int64_t stride, stride_v;  // the same, padded
+    int64_t width, width_v;    // columns of the accumulators, padded to panels
+    int64_t block_dq;          // floats of the dQ of one block of queries
+    int64_t dq_size;           // floats of the dQ of one task
+
+    explicit Layout(const AttentionBwdArgs& a)
+        : group(a.heads / a.heads_kv),
+          blocks_m((a.seqlen_q + kBlockM - 1) / kBlockM),
+          // Half a block keeps a wide head's operands in the second-level cache.
+          block_n(std::max(a.head_dim, a.head_dim_v) > 128 ? kBlockN / 2 : kBlockN),
+          depth((a.head_dim + Dot::kPair - 1) / Dot::kPair),
+          depth_v((a.head_dim_v + Dot::kPair - 1) / Dot::kPair),
+          stride(round_up(depth, kLanes)),
+          stride_v(round_up(depth_v, kLanes)),
+          width(round_up(a.head_dim, kPanel)),
+          width_v(round_up(a.head_dim_v, kPanel)),
+          block_dq(kBlockM * width),
+          dq_size(group * blocks_m * block_dq) {}
+};
+
 constexpr int kRowStep = kTileRows / 3;  // tiles have one, two or three steps of rows
 static_assert(kRowStep % 2 == 0);
 
