@@ -268,6 +268,8 @@ class Task {
         alignas(64) float correction[round_up(kRows, kLanes)];
         const int64_t left = seen.begin / kPanel * kPanel;
         const int64_t right = round_up(seen.end, kPanel);
+        for (int64_t m = 0; a.bias && m < rows; ++m)
+            prefetch_bias(a, b, row[r + m].h, row[r + m].i, j + left, seen.end - left);
         if constexpr (kRows <= kFewRows) {
             if (few) {
                 score_rows<Dot, kRows>(q, k_rows.at + left * k_rows.stride, k_rows.stride,

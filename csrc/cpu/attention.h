@@ -64,7 +64,8 @@ struct AttentionBwdArgs : AttentionArgs {
     float* delta;  // written: rowsum(dout * out) - dlse
     void *dq, *dk, *dv;
     Strides3 dq_strides, dk_strides, dv_strides;
-    float* dbias = nullptr;  // contiguous in the bias's own shape, zeros on entry
+    float* dbias = nullptr;  // contiguous in the bias's own shape; on entry zeros, but where each
+                             // element belongs to one score, and all are visible
     Strides4 dbias_strides{};
 };
 

@@ -35,7 +35,8 @@ class Task {
           a(args),
           l(layout),
           features(has_features(args)),
-          plain(args.softcap == 0 && !args.dropout.threshold && !args.dbias),
+          whole_dbias(args.dbias && has_every_score(args)),
+          plain(args.softcap == 0 && !args.dropout.threshold && (!args.dbias || whole_dbias)),
           log2_scale(features ? 1.0f : args.softmax_scale * kLog2E) {
         const int64_t rows = l.group * l.blocks_m * kBlockM;
         const auto place = [&](uintptr_t at) {
@@ -235,6 +236,8 @@ class Task {
                     int64_t j, int64_t count, KeyRange keys) {
         const int64_t left = keys.begin / kPanel * kPanel;
         const int64_t right = round_up(keys.end, kPanel);
+        for (int64_t m = 0; a.bias && m < std::min(rows, a.seqlen_q - i); ++m)
+            prefetch_bias(a, b, h, i + m, j + left, std::min(right, count) - left);
         for (int64_t n = left; n < right; n += kPanel) {
             product<Dot>(rows, count - n, q_rows + r * l.stride, l.stride, 1,
                          k_transposed + n * l.depth, l.depth, scores + n, kScoresStride, false);
@@ -244,6 +247,8 @@ class Task {
         for (int64_t m = 0; m < rows; m += 2) {
             bool with_features = false;
             for (int64_t two = m; two < m + 2; ++two) {
+                dbias_rows[two - m] =
+                    whole_dbias && i + two < a.seqlen_q ? dbias_row(b, h, i + two) + j : nullptr;
                 float *one_scores = scores + two * kScoresStride,
                       *one_dp = dp + two * kScoresStride;
                 if (i + two >= a.seqlen_q) {
@@ -258,9 +263,9 @@ class Task {
                 with_features = true;
             }
             if (with_features)
-                finish_rows<false>(r + m, row + m, m, left, right);
+                finish_rows<false>(r + m, row + m, m, left, right, 0);
             else
-                finish_rows<true>(r + m, row + m, m, left, right);
+                finish_rows<true>(r + m, row + m, m, left, right, a.seqlen_k - j);
         }
     }
 
@@ -283,7 +288,7 @@ class Task {
     // Rows m and m + 1 of the tile into P and dS, in their products' layouts: from scores and dp,
     // or (not kFromScores) from weights and slopes that are finished in their place.
     template <bool kFromScores>
-    void finish_rows(int64_t r, int64_t row, int64_t m, int64_t left, int64_t right) {
+    void finish_rows(int64_t r, int64_t row, int64_t m, int64_t left, int64_t right, int64_t keys) {
         const Vec scale = splat(log2_scale);
         const Vec shift[2] = {splat(-lse2[row]), splat(-lse2[row + 1])};
         const Vec mean[2] = {splat(delta[row]), splat(delta[row + 1])};
@@ -296,6 +301,7 @@ class Task {
                 if (!kFromScores) continue;
                 weight[two] = exp2(weight[two] * scale + shift[two]) * correction[row + two];
                 slope[two] = weight[two] * (slope[two] - mean[two]);
+                if (dbias_rows[two]) store(dbias_rows[two] + n, slope[two], keys - n);
             }
             if constexpr (kPair == 1) {
 #pragma GCC unroll 2
@@ -338,15 +344,24 @@ class Task {
             store(one_scores + n, weight * factor);
             store(one_dp + n, slope);
         }
-        if (a.dbias) add_bias_gradient(b, h, i, j, left, right);
+        if (a.dbias) add_bias_gradient(dbias_row(b, h, i), j, left, right);
     }
 
-    void add_bias_gradient(int64_t b, int64_t h, int64_t i, int64_t j, int64_t left,
-                           int64_t right) {
+    static bool has_every_score(const AttentionBwdArgs& a) {
+        const int64_t sizes[] = {a.batch, a.heads, a.seqlen_q, a.seqlen_k};
+        for (int dim = 0; dim < 4; ++dim)
+            if (sizes[dim] > 1 && a.dbias_strides[dim] == 0) return false;
+        return true;
+    }
+
+    float* dbias_row(int64_t b, int64_t h, int64_t i) const {
         const Strides4& strides = a.dbias_strides;
+        return a.dbias + b * strides[0] + h * strides[1] + i * strides[2];
+    }
+
+    void add_bias_gradient(float* to, int64_t j, int64_t left, int64_t right) {
         right = std::min(right, a.seqlen_k - j);
-        float* to = a.dbias + b * strides[0] + h * strides[1] + i * strides[2];
-        if (strides[3] == 0) {
+        if (a.dbias_strides[3] == 0) {
             Vec sum = {};
             for (int64_t n = left; n < right; n += kLanes)
                 sum = sum + load(bias_grad + n, right - n);
@@ -355,7 +370,9 @@ class Task {
         }
         to += j;
         for (int64_t n = left; n < right; n += kLanes)
-            store(to + n, load(to + n, right - n) + load(bias_grad + n), right - n);
+            store(to + n,
+                  whole_dbias ? load(bias_grad + n) : load(to + n, right - n) + load(bias_grad + n),
+                  right - n);
     }
 
     // dV += P^T dout and dK += dS^T Q, each tile of keys over the queries that see it.
@@ -386,7 +403,10 @@ class Task {
     const AttentionBwdArgs& call;
     AttentionBwdArgs a;  // of the task's sequence
     Layout<Dot> l;
-    const bool features, plain;
+    const bool features;
+    const bool whole_dbias;  // each of its elements belongs to one score: stored, not added to
+    const bool plain;
+    float* dbias_rows[2];  // of the rows in finish_rows, from key j on; or null
     const float log2_scale;
     float *lse2, *correction, *delta;      // (group, blocks_m * kBlockM)
     Element *q_rows, *dout_rows;           // (kBlockM, stride)

@@ -93,6 +93,17 @@ FASTATTN_INLINE Vec load_bias(const AttentionArgs& a, int64_t at, int64_t count)
     return load_strided((const BF16*)a.bias + at, stride, count);
 }
 
+// Fetches the bias of query (b, h, i) and keys [j, j + count) while the products are computed.
+inline void prefetch_bias(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t j,
+                          int64_t count) {
+    const Strides4& strides = a.bias_strides;
+    if (!a.bias || strides[3] != 1) return;
+    const int64_t size = itemsize(a.bias_dtype);
+    const char* row =
+        (const char*)a.bias + (b * strides[0] + h * strides[1] + i * strides[2] + j) * size;
+    for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(row + byte);
+}
+
 // Turns q.k of query (b, h, i) and keys [j, j + count) into scores in units of log2, -inf where
 // the mask hides a key. `capped` receives tanh of the softcap if there is one (else untouched).
 inline void apply_features(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t j,
@@ -131,16 +142,19 @@ inline void apply_features(const AttentionArgs& a, int64_t b, int64_t h, int64_t
     }
 }
 
-// Multiplies weights of keys [j, j + count) by dropout's factor.
+// Multiplies weights of keys [j, j + count) by dropout's factor; both are multiples of kLanes.
 inline void apply_dropout(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t j,
                           int64_t count, float* weights) {
-    uint32_t words[64];
+    alignas(64) uint32_t words[64];
+    const UintVec threshold = UintVec{} + a.dropout.threshold;
     for (int64_t block = j / 64; block * 64 < j + count; ++block) {
         philox_words(a.dropout.seed, block, uint32_t(i), uint32_t(h), uint32_t(b), words);
         const int64_t begin = std::max(j, block * 64), end = std::min(j + count, block * 64 + 64);
-        for (int64_t at = begin; at < end; ++at)
-            weights[at - j] = words[at - block * 64] >= a.dropout.threshold
-                                  ? weights[at - j] * a.dropout.scale
-                                  : 0.0f;
+        for (int64_t at = begin; at < end; at += kLanes) {
+            UintVec word;
+            __builtin_memcpy(&word, words + at - block * 64, sizeof word);
+            const Vec kept = load(weights + at - j) * a.dropout.scale;
+            store(weights + at - j, select((IntVec)(word >= threshold), kept, Vec{}));
+        }
     }
 }

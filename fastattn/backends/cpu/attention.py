@@ -89,6 +89,12 @@ def _features(problem, t):
     return features
 
 
+def _hides(problem) -> bool:
+    """Whether some scores may never be computed."""
+    band = problem.window_left is not None or problem.window_right is not None
+    return band or problem.mask or problem.seqlens_k
+
+
 _VECTORS = ("sinks", "offsets", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "block_table")
 
 
@@ -138,7 +144,9 @@ def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]
     delta = torch.empty_like(lse)
     dbias = None
     if problem.bias_grad:
-        dbias = torch.zeros(t.bias.shape)
+        full = (problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k)
+        make = torch.empty if t.bias.shape == full and not _hides(problem) else torch.zeros
+        dbias = make(t.bias.shape)
     if lse.numel() and problem.seqlen_k:
         native._C.attention_bwd(
             *_call(problem, call, q, k, v),
