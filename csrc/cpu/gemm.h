@@ -15,6 +15,7 @@ constexpr int kTileSize = kTileRows * kPanel;
 constexpr int64_t kDepth = 512;  // of a packed block, in elements of Dot
 constexpr int64_t kRun = 256;
 constexpr int64_t kItemRows = 768;
+constexpr int64_t kGroupRows = 8 * kTileRows;  // of A, packed at a time
 constexpr int64_t kItemPanels = 16 / kTileVectors;
 constexpr double kSerialWork = 1 << 19;  // multiply-adds worth one thread only
 constexpr int64_t kSerialWeights = 1 << 16;
@@ -60,23 +61,28 @@ void with_storage(DType dtype, F f) {
     f((const BF16*)nullptr);
 }
 
-// Elements along k of an operand whose outer dim is contiguous: to[step * width + outer], where
-// `count` of the `width` exist. May write up to kLanes elements beyond.
+// One step along k of an operand whose outer dim is contiguous: `width` elements of outer, of which
+// `count` exist. May write up to kLanes elements beyond.
+template <class Dot, class T>
+FASTATTN_INLINE void pack_step(const T* at, int64_t k_stride, bool last, int64_t count,
+                               int64_t width, typename Dot::Element* to) {
+    for (int64_t n = 0; n < width; n += kLanes) {
+        if constexpr (Dot::kPair == 1) {
+            store(to + n, load(at + n, count - n));
+        } else {
+            const UintVec low = load_bits(at + n, count - n);
+            const UintVec high = last ? UintVec{} : load_bits(at + k_stride + n, count - n);
+            store((float*)(to + n), (Vec)(low | (high << 16)));
+        }
+    }
+}
+
+// All steps: to[step * width + outer].
 template <class Dot, class T>
 void pack_outer(const T* from, int64_t k_stride, int64_t k, int64_t count, int64_t width,
                 typename Dot::Element* to) {
-    for (int64_t step = 0; step < k; step += Dot::kPair, to += width) {
-        for (int64_t n = 0; n < width; n += kLanes) {
-            const T* at = from + step * k_stride + n;
-            if constexpr (Dot::kPair == 1) {
-                store(to + n, load(at, count - n));
-            } else {
-                const UintVec low = load_bits(at, count - n);
-                const UintVec high = step + 1 < k ? load_bits(at + k_stride, count - n) : UintVec{};
-                store((float*)(to + n), (Vec)(low | (high << 16)));
-            }
-        }
-    }
+    for (int64_t step = 0; step < k; step += Dot::kPair, to += width)
+        pack_step<Dot>(from + step * k_stride, k_stride, step + 1 == k, count, width, to);
 }
 
 // Calls f for the operand's storage types that Dot multiplies.
@@ -104,7 +110,7 @@ void pack_panel(const GemmOperand& b, int64_t n, int64_t columns, int64_t k0, in
     });
 }
 
-// Where the rows of a tile of A lie once packed.
+// Where the rows of a tile of A lie.
 struct PackedRows {
     int64_t row, k;
 };
@@ -117,11 +123,10 @@ int64_t padded_depth(int64_t k) {
 }
 
 template <class Dot>
-PackedRows pack_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
-                     typename Dot::Element* to) {
+void pack_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
+               typename Dot::Element* to) {
     with_storage_of<Dot>(a.dtype, [&](auto type) {
-        const auto from = (decltype(type))a.data + m * a.outer_stride + k0 * a.k_stride;
-        if (a.k_stride != 1) return pack_outer<Dot>(from, a.k_stride, k, rows, kTileRows, to);
+        const auto from = (decltype(type))a.data + m * a.outer_stride + k0;
         for (int64_t row = 0; row < rows; ++row) {
             auto source = from + row * a.outer_stride;
             auto* target = to + row * kRowStride;
@@ -133,7 +138,39 @@ PackedRows pack_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, 
             }
         }
     });
-    return a.k_stride != 1 ? PackedRows{1, kTileRows} : PackedRows{kRowStride, 1};
+}
+
+// Tiles of an A whose outer dim (of `outer` rows) is contiguous, all of them step by step along k:
+// they share cache lines and pages.
+template <class Dot>
+void pack_tiles(const GemmOperand& a, int64_t m, int64_t rows, int64_t outer, int64_t k0, int64_t k,
+                typename Dot::Element* to) {
+    with_storage_of<Dot>(a.dtype, [&](auto type) {
+        for (int64_t step = 0; step < k; step += Dot::kPair, to += kTileRows) {
+            const auto from = (decltype(type))a.data + m + (k0 + step) * a.k_stride;
+            for (int64_t row = 0; row < rows; row += kTileRows)
+                pack_step<Dot>(from + row, a.k_stride, step + 1 == k, outer - m - row, kTileRows,
+                               to + row * kRowStride);
+        }
+    });
+}
+
+// A whole tile of float32 rows is read where it lies.
+template <class Dot>
+bool in_place(const GemmOperand& a, int64_t rows) {
+    return Dot::kPair == 1 && a.dtype == DType::float32 && a.k_stride == 1 && rows == kTileRows;
+}
+
+// A part of the next tile's rows, so that they come while this one's products are computed.
+inline void prefetch_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
+                          int64_t part, int64_t parts) {
+    if (a.k_stride != 1) return;
+    const int64_t size = itemsize(a.dtype), first = k * part / parts, last = k * (part + 1) / parts;
+    for (int64_t row = m; row < m + rows; ++row) {
+        const char* from = (const char*)a.data + (row * a.outer_stride + k0) * size;
+        for (int64_t byte = first * size; byte < last * size; byte += 64)
+            __builtin_prefetch(from + byte);
+    }
 }
 
 // In runs of kRun, each summed on its own: shorter chains of additions round less.
@@ -165,14 +202,14 @@ void product_of_rows(int64_t rows, const typename Dot::Element* a, PackedRows st
 
 // Rows [m, m + rows) and panels [panel, panel + panels) of C.
 template <class Dot>
-void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_t n, int64_t panel,
-               int64_t panels, GemmSink sink) {
+void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_t outer, int64_t n,
+               int64_t panel, int64_t panels, GemmSink sink) {
     typedef typename Dot::Element Element;
     const int sources = terms[0].b_pair.data ? 2 : 1;
     int64_t blocks = 0;
     for (int t = 0; t < count; ++t) blocks += ceil_div(terms[t].k, kDepth * Dot::kPair);
     const int64_t tiles = blocks > 1 ? ceil_div(rows, kTileRows) * panels : 1;
-    Element* a = scratch<Element>(kTileRows * kRowStride + kLanes, kSlotA);
+    Element* a = scratch<Element>(kGroupRows * kRowStride + kLanes, kSlotA);
     Element* b = scratch<Element>(panels * sources * kPanel * kDepth, kSlotB);
     float* c = scratch<float>(tiles * sources * kTileSize, kSlotC);
     int64_t block = 0;
@@ -193,10 +230,26 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
             float* tile = c;
             for (int64_t row = 0; row < rows; row += kTileRows) {
                 const int64_t here = std::min<int64_t>(kTileRows, rows - row);
-                const PackedRows strides = pack_rows<Dot>(term.a, m + row, here, k0, k, a);
+                const int64_t in_group = row % kGroupRows;
+                const Element* tile_a = a;
+                PackedRows strides{kRowStride, 1};
+                if (term.a.k_stride != 1) {
+                    if (in_group == 0)
+                        pack_tiles<Dot>(term.a, m + row, std::min(kGroupRows, rows - row), outer,
+                                        k0, k, a);
+                    tile_a = a + in_group * kRowStride, strides = {1, kTileRows};
+                } else if (in_place<Dot>(term.a, here)) {
+                    strides.row = term.a.outer_stride;
+                    tile_a = (const Element*)term.a.data + (m + row) * strides.row + k0;
+                } else {
+                    pack_rows<Dot>(term.a, m + row, here, k0, k, a);
+                }
+                const int64_t next = row + here;
                 for (int64_t p = 0; p < panels; ++p) {
+                    prefetch_rows(term.a, m + next, std::min<int64_t>(kTileRows, rows - next), k0,
+                                  k, p, panels);
                     for (int s = 0; s < sources; ++s) {
-                        product_of_rows<Dot>(here, a, strides,
+                        product_of_rows<Dot>(here, tile_a, strides,
                                              b + (p * sources + s) * kPanel * kDepth, depth,
                                              block == 0, tile + s * kTileSize);
                     }
@@ -333,7 +386,7 @@ void gemm(const GemmTerm* terms, int count, int64_t m, int64_t n, GemmSink sink)
 #pragma omp parallel for schedule(dynamic) if (items > 1 && work > kSerialWork)
     for (int64_t item = 0; item < items; ++item) {
         const int64_t m0 = item % row_parts * rows, panel = item / row_parts * step;
-        gemm_item<Dot>(terms, count, m0, std::min(rows, m - m0), n, panel,
+        gemm_item<Dot>(terms, count, m0, std::min(rows, m - m0), m, n, panel,
                        std::min(step, panels - panel), sink);
     }
 }
