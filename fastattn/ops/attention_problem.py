@@ -75,34 +75,10 @@ class AttentionScalars(NamedTuple):
     deterministic: bool
 
 
-_checked: dict[tuple, AttentionProblem] = {}
-_CHECKED_LIMIT = 4096
-
-
 def _is_plain(t: AttentionTensors) -> bool:
     # Written out: every eager call passes here.
     features = t.mask is t.bias is t.alibi_slopes is t.sinks is t.seed is t.offsets is None
     return features and t.seqlens_k is t.cu_seqlens_q is t.cu_seqlens_k is t.block_table is None
-
-
-def problem(
-    op: str, t: AttentionTensors, scalars: AttentionScalars, bias_grad: bool = False
-) -> AttentionProblem:
-    """The call's problem; a call like an earlier one is not checked again."""
-    q, k, v = t[:3]
-    key: tuple = (
-        op, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-        scalars, bias_grad,
-    )  # fmt: skip
-    if not _is_plain(t):
-        key += tuple(None if x is None else (x.shape, x.dtype, x.device) for x in t[3:])
-    known = _checked.get(key)
-    if known is None:
-        known = check(op, t, scalars, bias_grad)
-        if len(_checked) >= _CHECKED_LIMIT:
-            _checked.clear()
-        _checked[key] = known
-    return known
 
 
 def check(
@@ -209,6 +185,9 @@ def check(
         page_size=page_size,
         plain=_is_plain(t),
     )
+
+
+problem = common.remembered(check)
 
 
 def check_values(t: AttentionTensors, problem: AttentionProblem) -> None:

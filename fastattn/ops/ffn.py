@@ -1,6 +1,6 @@
 """Position-wise feed-forward networks, plain and gated: signatures, autograd, registration."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,14 @@ class FFNTensors(NamedTuple):
     w2: Tensor  # (d_out, d_ff)
     b2: Tensor | None
     seed: Tensor | None
+
+
+class FFNScalars(NamedTuple):
+    """What a call says beside its tensors."""
+
+    activation: str
+    dropout_p: float
+    save: str
 
 
 def ffn(
@@ -127,22 +135,21 @@ def _call(x, w1, b1, w_up, w2, b2, activation, dropout_p, seed, save) -> Tensor:
     leading = x.shape[:-1]
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    tensors = (x, w1, b1, w_up, w2, b2, seed)
-    if not common.is_plain(*tensors) or x.is_meta:
-        y = torch.ops.fastattn.ffn_fwd(*tensors, activation, dropout_p, save)[0]
-    elif common.needs_grad(*tensors):
-        y = _FFN.apply(*tensors, activation, dropout_p, save)
+    t = FFNTensors(x, w1, b1, w_up, w2, b2, seed)
+    scalars = FFNScalars(activation, dropout_p, save)
+    if not common.is_plain(*t) or x.is_meta:
+        y = torch.ops.fastattn.ffn_fwd(*t, *scalars)[0]
+    elif common.needs_grad(*t):
+        y = _FFN.apply(x, w1, b1, w_up, w2, b2, (t, scalars))
     else:
-        y = _fwd(*tensors, activation, dropout_p, "input")[0]
+        y = _fwd(t, scalars._replace(save="input"))[0]
     return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
 
 
 def _check(
     direction: str,
     t: FFNTensors,
-    activation: str,
-    dropout_p: float,
-    save: str,
+    scalars: FFNScalars,
     x_grad: bool = False,
     weight_grad: bool = False,
 ) -> FFNProblem:
@@ -163,9 +170,9 @@ def _check(
             raise ValueError(f"{name}: expected device {x.device} as x, got {tensor.device}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if activation not in ACTIVATIONS:
+    if scalars.activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {scalars.activation!r}"
         )
     return FFNProblem(
         op=("gated_ffn_" if gated else "ffn_") + direction,
@@ -175,67 +182,88 @@ def _check(
         d_model=d_model,
         d_ff=d_ff,
         d_out=d_out,
-        activation=activation,
-        dropout_p=dropout_p,
-        save=save,
+        activation=scalars.activation,
+        dropout_p=scalars.dropout_p,
+        save=scalars.save,
         biases=(t.b1 is not None, t.b2 is not None),
         x_grad=x_grad,
         weight_grad=weight_grad,
     )
 
 
-def _fwd(
-    x: Tensor,
-    w1: Tensor,
-    b1: Optional[Tensor],
-    w_up: Optional[Tensor],
-    w2: Tensor,
-    b2: Optional[Tensor],
-    seed: Optional[Tensor],
-    activation: str,
-    dropout_p: float,
-    save: str,
-) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+_problem = common.remembered(_check)
+
+
+def _fwd(t: FFNTensors, scalars: FFNScalars) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The output (rows, d_out), and what `save` keeps.
 
     That is preact (rows, d_ff) or, gated, (2, rows, d_ff); hidden (rows, d_ff), after the
     activation and the dropout.
     """
-    t = FFNTensors(x, w1, b1, w_up, w2, b2, seed)
-    problem = _check("fwd", t, activation, dropout_p, save)
+    problem = _problem("fwd", t, scalars)
     return dispatch.select(problem).ffn_fwd(problem, t)
 
 
 def _bwd(
     dy: Tensor,
-    preact: Optional[Tensor],
-    hidden: Optional[Tensor],
-    x: Tensor,
-    w1: Tensor,
-    b1: Optional[Tensor],
-    w_up: Optional[Tensor],
-    w2: Tensor,
-    b2: Optional[Tensor],
-    seed: Optional[Tensor],
-    activation: str,
-    dropout_p: float,
-    save: str,
+    preact: Tensor | None,
+    hidden: Tensor | None,
+    t: FFNTensors,
+    scalars: FFNScalars,
     x_grad: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w_up, w2, b2; None where absent or not asked for."""
-    t = FFNTensors(x, w1, b1, w_up, w2, b2, seed)
-    problem = _check("bwd", t, activation, dropout_p, save, x_grad, weight_grad)
+    problem = _problem("bwd", t, scalars, x_grad, weight_grad)
     return dispatch.select(problem).ffn_bwd(problem, t, preact, hidden, dy)
 
 
+class _FFN(torch.autograd.Function):
+    """The eager call under autograd; `ffn_fwd` of torch.library is its traceable twin."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w_up, w2, b2, call):
+        t, scalars = call
+        y, preact, hidden = _fwd(t, scalars)
+        _save(ctx, t, scalars, preact, hidden)
+        ctx.forced_backend = dispatch.forced_backend()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        with dispatch.backward_backend(ctx.forced_backend):
+            return *_backward(ctx, dy, _bwd), None
+
+
+def _save(ctx, t, scalars, preact, hidden):
+    preact = None if scalars.save == "input" else preact
+    hidden = hidden if scalars.save == "all" else None
+    ctx.save_for_backward(preact, hidden, *t)
+    ctx.scalars = scalars
+
+
+def _backward(ctx, dy, bwd):
+    needs = ctx.needs_input_grad[:6]
+    preact, hidden, *t = ctx.saved_tensors
+    grads = bwd(dy, preact, hidden, FFNTensors(*t), ctx.scalars, needs[0], any(needs[1:]))
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+_TENSORS = len(FFNTensors._fields)
+
+
+def _split(args) -> tuple[FFNTensors, FFNScalars]:
+    return FFNTensors(*args[:_TENSORS]), FFNScalars(*args[_TENSORS:])
+
+
 def _fwd_library(*args):
-    return tuple(args[0].new_empty(0) if one is None else one for one in _fwd(*args))
+    return tuple(args[0].new_empty(0) if one is None else one for one in _fwd(*_split(args)))
 
 
 def _fwd_meta(*args):
-    t = FFNTensors(*args[:7])
-    problem = _check("fwd", t, *args[7:])
+    t, scalars = _split(args)
+    problem = _check("fwd", t, scalars)
     preact: tuple[int, ...] = (problem.rows, problem.d_ff)
     if t.w_up is not None:
         preact = (2, *preact)
@@ -246,63 +274,48 @@ def _fwd_meta(*args):
     )
 
 
-def _bwd_library(*args):
-    return tuple(args[0].new_empty(0) if grad is None else grad for grad in _bwd(*args))
+def _bwd_library(dy, preact, hidden, *args):
+    grads = _bwd(dy, preact, hidden, *_split(args[:-2]), *args[-2:])
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _bwd_meta(dy, preact, hidden, x, w1, b1, w_up, w2, b2, seed, *scalars):
-    x_grad, weight_grad = scalars[-2:]
-    wanted = (x_grad, *(weight_grad and w is not None for w in (w1, b1, w_up, w2, b2)))
-    inputs = (x, w1, b1, w_up, w2, b2)
+def _bwd_meta(dy, preact, hidden, *args):
+    t, _ = _split(args[:-2])
+    x_grad, weight_grad = args[-2:]
+    weights = (t.w1, t.b1, t.w_up, t.w2, t.b2)
+    wanted = (x_grad, *(weight_grad and w is not None for w in weights))
     return tuple(
-        w.new_empty(tuple(w.shape)) if wants else x.new_empty(0)
-        for w, wants in zip(inputs, wanted, strict=True)
+        w.new_empty(tuple(w.shape)) if wants else dy.new_empty(0)
+        for w, wants in zip((t.x, *weights), wanted, strict=True)
     )
 
 
-class _FFN(torch.autograd.Function):
-    """The eager call under autograd; `ffn_fwd` of torch.library is its traceable twin."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        y, preact, hidden = _fwd(*args)
-        _setup_context(ctx, args, (y, preact, hidden))
-        ctx.forced_backend = dispatch.forced_backend()
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        with dispatch.backward_backend(ctx.forced_backend):
-            return _backward(ctx, dy, _bwd)
-
-
-def _setup_context(ctx, inputs, output):
-    _, preact, hidden = output
-    save = inputs[9]
-    preact = None if save == "input" else preact
-    hidden = hidden if save == "all" else None
-    ctx.save_for_backward(preact, hidden, *inputs[:7])
-    ctx.scalars = inputs[7:]
-
-
-def _backward(ctx, dy, bwd):
-    needs = ctx.needs_input_grad
-    grads = bwd(dy, *ctx.saved_tensors, *ctx.scalars, needs[0], any(needs[1:6]))
-    grads = (grad if need else None for grad, need in zip(grads, needs[:6], strict=True))
-    return *grads, *(None,) * 4
+def _library_setup(ctx, inputs, output):
+    _save(ctx, *_split(inputs), *output[1:])
 
 
 def _library_backward(ctx, dy, *_):
-    return _backward(ctx, dy, torch.ops.fastattn.ffn_bwd)
+    def bwd(dy, preact, hidden, t, scalars, x_grad, weight_grad):
+        args = (*t, *scalars, x_grad, weight_grad)
+        return torch.ops.fastattn.ffn_bwd(dy, preact, hidden, *args)
+
+    return *_backward(ctx, dy, bwd), *(None,) * 4
 
 
+_CALL = common.schema_of(FFNTensors, FFNScalars)
 _fwd_op = torch.library.custom_op(
-    "fastattn::ffn_fwd", _fwd_library, mutates_args=(), schema=common.schema(_fwd, returns=3)
+    "fastattn::ffn_fwd",
+    _fwd_library,
+    mutates_args=(),
+    schema=f"({_CALL}) -> (Tensor, Tensor, Tensor)",
 )
 _fwd_op.register_fake(_fwd_meta)
-_fwd_op.register_autograd(_library_backward, setup_context=_setup_context)
+_fwd_op.register_autograd(_library_backward, setup_context=_library_setup)
 _bwd_op = torch.library.custom_op(
-    "fastattn::ffn_bwd", _bwd_library, mutates_args=(), schema=common.schema(_bwd, returns=6)
+    "fastattn::ffn_bwd",
+    _bwd_library,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? preact, Tensor? hidden, "
+    f"{_CALL}, bool x_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bwd_op.register_fake(_bwd_meta)

@@ -1,6 +1,6 @@
 """Softmax with scale, mask, bias and dropout: signature, validation, autograd, registration."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class SoftmaxTensors(NamedTuple):
     mask: Tensor | None
     bias: Tensor | None
     seed: Tensor | None
+
+
+class SoftmaxScalars(NamedTuple):
+    """What a call says beside its tensors."""
+
+    scale: float
+    causal: bool
+    dropout_p: float
+    log: bool
 
 
 def softmax(
@@ -79,31 +88,26 @@ def softmax(
         seed = None
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         bias = bias.to(x.dtype)
-    args = (x, mask, bias, seed, float(scale), causal, dropout_p, log)
+    t = SoftmaxTensors(x, mask, bias, seed)
+    scalars = SoftmaxScalars(float(scale), causal, dropout_p, log)
     if not common.is_plain(x, mask, bias) or x.is_meta:
-        return torch.ops.fastattn.softmax_fwd(*args)[0]
+        return torch.ops.fastattn.softmax_fwd(*t, *scalars)[0]
     if common.needs_grad(x, bias):
-        return _Softmax.apply(*args)
-    return _fwd(*args)[0]
+        return _Softmax.apply(x, bias, (t, scalars))
+    return _fwd(t, scalars)[0]
 
 
 def _check(
-    op: str,
-    t: SoftmaxTensors,
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    log: bool,
-    bias_grad: bool = False,
+    op: str, t: SoftmaxTensors, scalars: SoftmaxScalars, bias_grad: bool = False
 ) -> SoftmaxProblem:
     x = t.x
     if x.dtype not in _DTYPES:
         names = ", ".join(str(dtype) for dtype in _DTYPES)
         raise TypeError(f"x: expected one of {names}, got {x.dtype}")
-    if x.dim() < (2 if causal else 1):
+    if x.dim() < (2 if scalars.causal else 1):
         raise ValueError(f"x: expected (..., rows, columns), got shape {tuple(x.shape)}")
-    if log and dropout_p:
-        raise ValueError(f"dropout_p: expected 0 with log=True, got {dropout_p}")
+    if scalars.log and scalars.dropout_p:
+        raise ValueError(f"dropout_p: expected 0 with log=True, got {scalars.dropout_p}")
     if t.mask is not None and t.mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool (True = take part), got {t.mask.dtype}")
     for name, other in (("mask", t.mask), ("bias", t.bias), ("seed", t.seed)):
@@ -118,116 +122,115 @@ def _check(
         device=x.device.type,
         dtype=x.dtype,
         shape=tuple(x.shape),
-        scale=scale,
-        causal=causal,
-        dropout_p=dropout_p,
-        log=log,
+        scale=scalars.scale,
+        causal=scalars.causal,
+        dropout_p=scalars.dropout_p,
+        log=scalars.log,
         mask=t.mask is not None,
         bias=None if t.bias is None else t.bias.dtype,
         bias_grad=bias_grad,
     )
 
 
-def _fwd(
-    x: Tensor,
-    mask: Optional[Tensor],
-    bias: Optional[Tensor],
-    seed: Optional[Tensor],
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    log: bool,
-) -> tuple[Tensor, Optional[Tensor]]:
+_problem = common.remembered(_check)
+
+
+def _with_rank_of_x(t: SoftmaxTensors) -> SoftmaxTensors:
+    if t.mask is None and t.bias is None:
+        return t
+    rank = t.x.dim()
+    return t._replace(mask=common.as_rank(t.mask, rank), bias=common.as_rank(t.bias, rank))
+
+
+def _fwd(t: SoftmaxTensors, scalars: SoftmaxScalars) -> tuple[Tensor, Tensor | None]:
     """The result and, with dropout, the weights before it (else None)."""
-    t = SoftmaxTensors(x, mask, bias, seed)
-    problem = _check("softmax_fwd", t, scale, causal, dropout_p, log)
-    t = t._replace(mask=common.as_rank(mask, x.dim()), bias=common.as_rank(bias, x.dim()))
-    return dispatch.select(problem).softmax_fwd(problem, t)
+    problem = _problem("softmax_fwd", t, scalars)
+    return dispatch.select(problem).softmax_fwd(problem, _with_rank_of_x(t))
 
 
 def _bwd(
-    dout: Tensor,
-    p: Tensor,
-    x: Tensor,
-    mask: Optional[Tensor],
-    bias: Optional[Tensor],
-    seed: Optional[Tensor],
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    log: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Optional[Tensor]]:
-    t = SoftmaxTensors(x, mask, bias, seed)
-    problem = _check("softmax_bwd", t, scale, causal, dropout_p, log, bias_grad)
-    t = t._replace(mask=common.as_rank(mask, x.dim()), bias=common.as_rank(bias, x.dim()))
-    dx, dbias = dispatch.select(problem).softmax_bwd(problem, t, p, dout)
-    return dx, None if dbias is None else dbias.reshape(bias.shape)
-
-
-def _fwd_library(*args):
-    out, p = _fwd(*args)
-    return out, args[0].new_empty(0) if p is None else p
-
-
-def _fwd_meta(x, mask, bias, seed, scale, causal, dropout_p, log):
-    _check("softmax_fwd", SoftmaxTensors(x, mask, bias, seed), scale, causal, dropout_p, log)
-    shape = tuple(x.shape)
-    return x.new_empty(shape), x.new_empty(shape if dropout_p else 0)
-
-
-def _bwd_library(*args):
-    dx, dbias = _bwd(*args)
-    return dx, args[0].new_empty(0) if dbias is None else dbias
-
-
-def _bwd_meta(dout, p, x, mask, bias, *scalars):
-    dbias = torch.empty_like(bias) if scalars[-1] else x.new_empty(0)
-    return x.new_empty(tuple(x.shape)), dbias
+    dout: Tensor, p: Tensor, t: SoftmaxTensors, scalars: SoftmaxScalars, bias_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and, if asked for, of the bias."""
+    problem = _problem("softmax_bwd", t, scalars, bias_grad)
+    dx, dbias = dispatch.select(problem).softmax_bwd(problem, _with_rank_of_x(t), p, dout)
+    return dx, None if dbias is None else dbias.reshape(t.bias.shape)
 
 
 class _Softmax(torch.autograd.Function):
     """The eager call under autograd; `softmax_fwd` of torch.library is its traceable twin."""
 
     @staticmethod
-    def forward(ctx, *args):
-        out, p = _fwd(*args)
-        ctx.save_for_backward(out if p is None else p, *args[:4])
-        ctx.scalars = args[4:]
+    def forward(ctx, x, bias, call):
+        t, scalars = call
+        out, p = _fwd(t, scalars)
+        ctx.save_for_backward(out if p is None else p, *t)
+        ctx.scalars = scalars
         ctx.forced_backend = dispatch.forced_backend()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
+        p, *tensors = ctx.saved_tensors
         with dispatch.backward_backend(ctx.forced_backend):
-            return _backward(ctx, dout, _bwd)
+            t = SoftmaxTensors(*tensors)
+            return *_bwd(dout, p, t, ctx.scalars, ctx.needs_input_grad[1]), None
 
 
-def _setup_context(ctx, inputs, output):
+_TENSORS = len(SoftmaxTensors._fields)
+
+
+def _split(args) -> tuple[SoftmaxTensors, SoftmaxScalars]:
+    return SoftmaxTensors(*args[:_TENSORS]), SoftmaxScalars(*args[_TENSORS:])
+
+
+def _fwd_library(*args):
+    out, p = _fwd(*_split(args))
+    return out, out.new_empty(0) if p is None else p
+
+
+def _fwd_meta(*args):
+    t, scalars = _split(args)
+    _check("softmax_fwd", t, scalars)
+    shape = tuple(t.x.shape)
+    return t.x.new_empty(shape), t.x.new_empty(shape if scalars.dropout_p else 0)
+
+
+def _bwd_library(dout, p, *args):
+    dx, dbias = _bwd(dout, p, *_split(args[:-1]), args[-1])
+    return dx, dx.new_empty(0) if dbias is None else dbias
+
+
+def _bwd_meta(dout, p, *args):
+    t, _ = _split(args[:-1])
+    dbias = torch.empty_like(t.bias) if args[-1] else t.x.new_empty(0)
+    return t.x.new_empty(tuple(t.x.shape)), dbias
+
+
+def _library_setup(ctx, inputs, output):
+    t, ctx.scalars = _split(inputs)
     out, p = output
-    ctx.save_for_backward(p if inputs[6] else out, *inputs[:4])
-    ctx.scalars = inputs[4:]
-
-
-def _backward(ctx, dout, bwd):
-    dx, dbias = bwd(dout, *ctx.saved_tensors, *ctx.scalars, ctx.needs_input_grad[2])
-    return dx, None, dbias if ctx.needs_input_grad[2] else None, *(None,) * 5
+    ctx.save_for_backward(p if ctx.scalars.dropout_p else out, *t)
 
 
 def _library_backward(ctx, dout, _):
-    return _backward(ctx, dout, torch.ops.fastattn.softmax_bwd)
+    needs = ctx.needs_input_grad[2]
+    p, *t = ctx.saved_tensors
+    dx, dbias = torch.ops.fastattn.softmax_bwd(dout, p, *t, *ctx.scalars, needs)
+    return dx, None, dbias if needs else None, *(None,) * 5
 
 
+_CALL = common.schema_of(SoftmaxTensors, SoftmaxScalars)
 _fwd_op = torch.library.custom_op(
-    "fastattn::softmax_fwd",
-    _fwd_library,
-    mutates_args=(),
-    schema=common.schema(_fwd, returns=2),
+    "fastattn::softmax_fwd", _fwd_library, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)"
 )
 _fwd_op.register_fake(_fwd_meta)
-_fwd_op.register_autograd(_library_backward, setup_context=_setup_context)
+_fwd_op.register_autograd(_library_backward, setup_context=_library_setup)
 _bwd_op = torch.library.custom_op(
-    "fastattn::softmax_bwd", _bwd_library, mutates_args=(), schema=common.schema(_bwd, returns=2)
+    "fastattn::softmax_bwd",
+    _bwd_library,
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor p, {_CALL}, bool bias_grad) -> (Tensor, Tensor)",
 )
 _bwd_op.register_fake(_bwd_meta)
