@@ -237,13 +237,13 @@ class NinjaBuild(build_ext):
 
     def ninja_file(self, compiler: Compiler, python_include: str) -> str:
         """The build's every step: one object per source and instruction set, then the module."""
-        steps = [("cxx", source, source.stem, "") for source in CSRC.glob("*.cpp")]
-        steps += [("cxx", x, f"bindings/{x.stem}", "") for x in CSRC.glob("bindings/*.cpp")]
+        steps = [("cxx", self.all_bindings(), "bindings", "$bindings_flags")]
+        steps += [("cxx", x, x.stem, "") for x in CSRC.glob("*.cpp") if x.stem != "bindings"]
         for isa in ISAS[compiler.machine]:
             define = f"-DFASTATTN_ISA={isa}"
             steps += [("cxx", x, f"cpu/{isa}/{x.stem}", define) for x in CSRC.glob("cpu/*.cpp")]
         link = compiler.command
-        bindings_flags = [f'-DFASTATTN_VERSION="{self.distribution.get_version()}"']
+        bindings_flags = ["-O1", f'-DFASTATTN_VERSION="{self.distribution.get_version()}"']
         for folder in (python_include, build_tool("pybind11").get_include()):
             bindings_flags += ["-isystem", folder]
         nvcc = choose_nvcc()
@@ -271,11 +271,18 @@ class NinjaBuild(build_ext):
         ]
         for rule, source, name, extra in sorted(steps):
             text.append(f"build {name}.o: {rule} {path(source)}")
-            if source.parent.name == "bindings" or source.name == "bindings.cpp":
-                extra = "$bindings_flags"
             text.append(f"  extra = {extra}")
         text.append(f"build _C.so: link {' '.join(f'{name}.o' for _, _, name, _ in sorted(steps))}")
         return "\n".join(text) + "\n"
+
+    def all_bindings(self) -> Path:
+        """A file that includes all bindings: pybind11's headers cost more time than they do."""
+        target = Path(self.build_temp).resolve() / "bindings.cpp"
+        names = ["bindings.cpp", *sorted(f"bindings/{x.name}" for x in CSRC.glob("bindings/*.cpp"))]
+        text = "".join(f'#include "{CSRC / name}"\n' for name in names)
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
+        return target
 
     def run_ninja(self, folder: Path) -> None:
         """Run it on MAX_JOBS cores, or on all that this process may use."""

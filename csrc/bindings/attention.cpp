@@ -29,15 +29,6 @@ struct Features {
     int64_t page_size = 0;
 };
 
-template <class T>
-const T* in(uintptr_t address) {
-    return reinterpret_cast<const T*>(address);
-}
-template <class T>
-T* out(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 Strides3 leading(const Ints<4>& strides) { return {strides[0], strides[1], strides[2]}; }
 
 // Shortens the sequences to the last key that is visible to any query.
@@ -82,38 +73,38 @@ void fill(AttentionArgs& a, DType dtype, const Sizes& sizes, const Strided<4>& q
     a.batch = sizes[0], a.heads = sizes[1], a.heads_kv = sizes[2];
     a.seqlen_q = sizes[3], a.seqlen_k = sizes[4];
     a.head_dim = sizes[5], a.head_dim_v = sizes[6];
-    a.q = in<void>(q.address), a.q_strides = leading(q.strides);
-    a.k = in<void>(k.address), a.k_strides = leading(k.strides);
-    a.v = in<void>(v.address), a.v_strides = leading(v.strides);
+    a.q = pointer<void>(q.address), a.q_strides = leading(q.strides);
+    a.k = pointer<void>(k.address), a.k_strides = leading(k.strides);
+    a.v = pointer<void>(v.address), a.v_strides = leading(v.strides);
     a.softmax_scale = float(softmax_scale), a.softcap = float(softcap);
     a.window_left = band[0], a.window_right = band[1], a.offset = band[2];
     a.deterministic = deterministic;
     a.lse_strides = {a.heads * a.seqlen_q, a.seqlen_q};
     if (!features) return;
     if (features->mask) {
-        a.mask = in<uint8_t>(features->mask->address);
+        a.mask = pointer<uint8_t>(features->mask->address);
         a.mask_strides = features->mask->strides;
     }
     if (features->bias) {
-        a.bias = in<void>(features->bias->address);
+        a.bias = pointer<void>(features->bias->address);
         a.bias_strides = features->bias->strides;
         a.bias_dtype = features->bias_dtype;
     }
     if (features->alibi_slopes) {
-        a.alibi_slopes = in<float>(features->alibi_slopes->address);
+        a.alibi_slopes = pointer<float>(features->alibi_slopes->address);
         a.alibi_strides = features->alibi_slopes->strides;
     }
-    a.sinks = in<float>(features->sinks);
-    a.offsets = in<int32_t>(features->offsets);
-    a.seqlens_k = in<int32_t>(features->seqlens_k);
+    a.sinks = pointer<float>(features->sinks);
+    a.offsets = pointer<int32_t>(features->offsets);
+    a.seqlens_k = pointer<int32_t>(features->seqlens_k);
     a.dropout = make_dropout(features->dropout_p, features->seed);
     if (features->cu_seqlens_q) {
-        a.cu_seqlens_q = in<int32_t>(features->cu_seqlens_q);
-        a.cu_seqlens_k = in<int32_t>(features->cu_seqlens_k);
+        a.cu_seqlens_q = pointer<int32_t>(features->cu_seqlens_q);
+        a.cu_seqlens_k = pointer<int32_t>(features->cu_seqlens_k);
         a.lse_strides = {0, features->total_q};
     }
     if (features->block_table) {
-        a.block_table = in<int32_t>(features->block_table->address);
+        a.block_table = pointer<int32_t>(features->block_table->address);
         a.block_table_stride = features->block_table->strides[0];
         a.page_size = features->page_size;
     }
@@ -125,8 +116,8 @@ void attention_fwd(DType dtype, const Sizes& sizes, const Strided<4>& q, const S
                    uintptr_t lse) {
     AttentionFwdArgs a{};
     fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
-    a.out = out<void>(result.address), a.out_strides = leading(result.strides);
-    a.lse = out<float>(lse);
+    a.out = pointer<void>(result.address), a.out_strides = leading(result.strides);
+    a.lse = pointer<float>(lse);
     py::gil_scoped_release release;
     std::vector<int32_t> lengths;
     skip_padding(a, lengths);
@@ -142,14 +133,14 @@ void attention_bwd(DType dtype, const Sizes& sizes, const Strided<4>& q, const S
                    const std::optional<Strided<4>>& dbias) {
     AttentionBwdArgs a{};
     fill(a, dtype, sizes, q, k, v, softmax_scale, softcap, band, features, deterministic);
-    a.out = in<void>(result.address), a.out_strides = leading(result.strides);
-    a.dout = in<void>(dout.address), a.dout_strides = leading(dout.strides);
-    a.lse = in<float>(lse), a.dlse = in<float>(dlse), a.delta = out<float>(delta);
-    a.dq = out<void>(dq.address), a.dq_strides = leading(dq.strides);
-    a.dk = out<void>(dk.address), a.dk_strides = leading(dk.strides);
-    a.dv = out<void>(dv.address), a.dv_strides = leading(dv.strides);
+    a.out = pointer<void>(result.address), a.out_strides = leading(result.strides);
+    a.dout = pointer<void>(dout.address), a.dout_strides = leading(dout.strides);
+    a.lse = pointer<float>(lse), a.dlse = pointer<float>(dlse), a.delta = pointer<float>(delta);
+    a.dq = pointer<void>(dq.address), a.dq_strides = leading(dq.strides);
+    a.dk = pointer<void>(dk.address), a.dk_strides = leading(dk.strides);
+    a.dv = pointer<void>(dv.address), a.dv_strides = leading(dv.strides);
     if (dbias) {
-        a.dbias = out<float>(dbias->address);
+        a.dbias = pointer<float>(dbias->address);
         a.dbias_strides = dbias->strides;
     }
     py::gil_scoped_release release;

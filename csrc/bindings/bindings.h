@@ -1,11 +1,13 @@
-// One bind_<op> per op, defined in bindings/<op>.cpp and called by bindings.cpp; and how they take
-// tuples of integers, without the cost of Python's sequence protocol.
+// What the bindings share. One bind_<op> per op, defined in bindings/<op>.cpp and called by
+// bindings.cpp; they are compiled together. Tuples of integers are read without the cost of
+// Python's sequence protocol.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <array>
 
+#include "cpu/dropout.h"
 #include "cpu/dtype.h"
 
 namespace fastattn {
@@ -21,6 +23,15 @@ struct Strided {
     uintptr_t address;
     Ints<rank> strides;
 };
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+inline Dropout read_dropout(double dropout_p, uintptr_t seed) {
+    return make_dropout(dropout_p, dropout_p > 0 ? *pointer<uint64_t>(seed) : 0);
+}
 
 void bind_attention(py::module_& m);
 void bind_softmax(py::module_& m);

@@ -4,11 +4,6 @@
 namespace fastattn {
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 // (address, (row stride, column stride)), or None for an absent matrix.
 MatrixView view(const py::object& matrix) {
     if (matrix.is_none()) return {nullptr, 0, 0};
@@ -17,20 +12,16 @@ MatrixView view(const py::object& matrix) {
     return {pointer<void>(address), strides.first, strides.second};
 }
 
-FFNShape read_shape(const py::tuple& shape) {
+FFNShape read_ffn_shape(const py::tuple& shape) {
     return {shape[0].cast<DType>(),   Activation(shape[1].cast<int>()), shape[2].cast<int64_t>(),
             shape[3].cast<int64_t>(), shape[4].cast<int64_t>(),         shape[5].cast<int64_t>()};
-}
-
-Dropout read_dropout(double dropout_p, uintptr_t seed) {
-    return make_dropout(dropout_p, dropout_p > 0 ? *pointer<uint64_t>(seed) : 0);
 }
 
 void ffn_fwd(const py::tuple& shape, double dropout_p, uintptr_t seed, const py::object& x,
              const py::object& w1, const py::object& w_up, const py::object& w2, uintptr_t b1,
              uintptr_t b2, uintptr_t y, uintptr_t preact, uintptr_t hidden) {
     const FFNFwdArgs args{
-        .shape = read_shape(shape),
+        .shape = read_ffn_shape(shape),
         .dropout = read_dropout(dropout_p, seed),
         .x = view(x),
         .w1 = view(w1),
@@ -51,7 +42,7 @@ void ffn_bwd(const py::tuple& shape, double dropout_p, uintptr_t seed, const py:
              const py::object& dy, uintptr_t b1, uintptr_t preact, uintptr_t hidden, uintptr_t dx,
              uintptr_t dw1, uintptr_t db1, uintptr_t dw_up, uintptr_t dw2, uintptr_t db2) {
     const FFNBwdArgs args{
-        .shape = read_shape(shape),
+        .shape = read_ffn_shape(shape),
         .dropout = read_dropout(dropout_p, seed),
         .x = view(x),
         .w1 = view(w1),

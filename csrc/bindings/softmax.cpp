@@ -6,11 +6,6 @@
 namespace fastattn {
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 void read_strides(const py::tuple& strides, int rank, int64_t* leading, int64_t* last) {
     if (int(strides.size()) != rank + 1) throw std::invalid_argument("strides: not of x's rank");
     for (int dim = 0; dim < rank; ++dim) leading[dim] = strides[dim].cast<int64_t>();
@@ -30,10 +25,6 @@ SoftmaxShape read_shape(const py::tuple& sizes) {
     shape.columns = sizes[rank].cast<int64_t>();
     shape.matrix_rows = rank ? shape.sizes[rank - 1] : 1;
     return shape;
-}
-
-Dropout read_dropout(double dropout_p, uintptr_t seed) {
-    return make_dropout(dropout_p, dropout_p > 0 ? *pointer<uint64_t>(seed) : 0);
 }
 
 void softmax_fwd(DType dtype, const py::tuple& shape, uintptr_t x, const py::tuple& x_strides,
