@@ -11,6 +11,10 @@ except ImportError as error:
     _C = None  # type: ignore[assignment]
     MISSING = f"native module not available: {error}"
 
+if _C is not None and not hasattr(_C, "DTYPES"):
+    _C = None  # type: ignore[assignment]
+    MISSING = "native module older than the Python files: build it again"
+
 DTYPES: dict[torch.dtype, int] = {}
 if _C is not None:
     DTYPES = {getattr(torch, name): index for name, index in _C.DTYPES.items()}
