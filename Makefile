@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.p
 	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-cpu clean
 
 # Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
 demo: $(VENV)/demo
@@ -38,6 +38,9 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	cd bench && '$(CURDIR)/$(BIN)/pytest' .
+
+bench-cpu: $(VENV)/dev
+	cd bench && '$(CURDIR)/$(BIN)/python' cpu.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

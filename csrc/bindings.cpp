@@ -38,6 +38,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", &isa, "The instruction set in use.");
     m.def("set_isa", &set_isa, py::arg("name"), "Use another instruction set from now on.");
 
+    m.def(
+        "peak_flops", [](DType dtype) { return kernels().peak_flops(dtype); },
+        py::call_guard<py::gil_scoped_release>(), "Of the kernels' products, on all threads.");
+    m.def(
+        "read_bandwidth",
+        [](uintptr_t address, int64_t count) {
+            return kernels().read_bandwidth(pointer<float>(address), count);
+        },
+        py::call_guard<py::gil_scoped_release>(), "Bytes a second of reading `count` floats.");
+
     bind_attention(m);
     bind_softmax(m);
     bind_ffn(m);

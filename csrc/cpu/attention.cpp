@@ -82,11 +82,13 @@ void value_tile(const typename Dot::Element* p, int64_t p_stride, const typename
                 int64_t v_stride, int64_t keys, const float* correction, float* out,
                 int64_t out_stride) {
     Vec acc[kRows][kVectors];
-    for_each_vector<kRows, kVectors>(
-        [&](int m, int n) { acc[m][n] = load(out + m * out_stride + n * kLanes) * correction[m]; });
+    for_each_vector<kRows, kVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
     tile<Dot, kRows, kVectors>(p, p_stride, 1, v, v_stride, keys, acc);
-    for_each_vector<kRows, kVectors>(
-        [&](int m, int n) { store(out + m * out_stride + n * kLanes, acc[m][n]); });
+    // Added at the end: a block's sum rounds less than a chain through all blocks.
+    for_each_vector<kRows, kVectors>([&](int m, int n) {
+        float* to = out + m * out_stride + n * kLanes;
+        store(to, load(to) * correction[m] + acc[m][n]);
+    });
 }
 
 // Calls f with the smallest row count of a tile that holds `rows`.

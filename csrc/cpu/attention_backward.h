@@ -53,11 +53,13 @@ __attribute__((noinline)) void product_tile(const typename Dot::Element* a, int6
                                             int64_t a_k, const typename Dot::Element* b, int64_t k,
                                             float* c, int64_t c_row, bool accumulate) {
     Vec acc[kRows][kVectors];
-    for_each_vector<kRows, kVectors>(
-        [&](int m, int n) { acc[m][n] = accumulate ? load(c + m * c_row + n * kLanes) : Vec{}; });
+    for_each_vector<kRows, kVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
     tile<Dot, kRows, kVectors>(a, a_row, a_k, b, kPanel, k, acc);
-    for_each_vector<kRows, kVectors>(
-        [&](int m, int n) { store(c + m * c_row + n * kLanes, acc[m][n]); });
+    // Added at the end: a block's sum rounds less than a chain through all blocks.
+    for_each_vector<kRows, kVectors>([&](int m, int n) {
+        float* to = c + m * c_row + n * kLanes;
+        store(to, accumulate ? load(to) + acc[m][n] : acc[m][n]);
+    });
 }
 
 // As product_tile, for a multiple of kRowStep rows up to kTileRows, and up to kPanel columns.

@@ -9,6 +9,8 @@ void softmax_fwd(const SoftmaxFwdArgs&);
 void softmax_bwd(const SoftmaxBwdArgs&);
 void ffn_fwd(const FFNFwdArgs&);
 void ffn_bwd(const FFNBwdArgs&);
+double peak_flops(DType);
+double read_bandwidth(const float* from, int64_t count);
 
 const Kernels kernels = {
     .vector_bytes = FASTATTN_VECTOR_BYTES,
@@ -18,6 +20,8 @@ const Kernels kernels = {
     .softmax_bwd = softmax_bwd,
     .ffn_fwd = ffn_fwd,
     .ffn_bwd = ffn_bwd,
+    .peak_flops = peak_flops,
+    .read_bandwidth = read_bandwidth,
 };
 
 #include "cpu/target_end.h"

@@ -17,6 +17,8 @@ struct Kernels {
     void (*softmax_bwd)(const SoftmaxBwdArgs&);
     void (*ffn_fwd)(const FFNFwdArgs&);
     void (*ffn_bwd)(const FFNBwdArgs&);
+    double (*peak_flops)(DType);                                 // a second, on all threads
+    double (*read_bandwidth)(const float* from, int64_t count);  // bytes a second
 };
 
 // clang-format off
