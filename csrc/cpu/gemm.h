@@ -15,6 +15,7 @@ constexpr int kTileSize = kTileRows * kPanel;
 constexpr int64_t kDepth = 512;  // of a packed block, in elements of Dot
 constexpr int64_t kRun = 256;
 constexpr int64_t kItemRows = 768;
+constexpr int64_t kFewRows = 16;               // of A: B is not packed for them if it can be read
 constexpr int64_t kGroupRows = 8 * kTileRows;  // of A, packed at a time
 constexpr int64_t kItemPanels = 16 / kTileVectors;
 constexpr double kSerialWork = 1 << 19;  // multiply-adds worth one thread only
@@ -110,6 +111,24 @@ void pack_panel(const GemmOperand& b, int64_t n, int64_t columns, int64_t k0, in
     });
 }
 
+// Where a panel of B lies: rows of kPanel Elements, `k` apart.
+template <class Dot>
+struct Panel {
+    const typename Dot::Element* at;
+    int64_t k;
+};
+
+// Packed into `to`; for one tile of rows read where it lies, if it can be: packing would cost more.
+template <class Dot>
+Panel<Dot> panel_of(const GemmOperand& b, int64_t n, int64_t columns, int64_t k0, int64_t k,
+                    bool one_tile, typename Dot::Element* to) {
+    const bool readable = Dot::kPair == 1 && b.dtype == DType::float32 && b.outer_stride == 1;
+    if (one_tile && readable && columns == kPanel)
+        return {(const typename Dot::Element*)b.data + n + k0 * b.k_stride, b.k_stride};
+    pack_panel<Dot>(b, n, columns, k0, k, to);
+    return {to, kPanel};
+}
+
 // Where the rows of a tile of A lie.
 struct PackedRows {
     int64_t row, k;
@@ -175,13 +194,13 @@ inline void prefetch_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t
 
 // In runs of kRun, each summed on its own: shorter chains of additions round less.
 template <class Dot, int kRows>
-void tile_product(const typename Dot::Element* a, PackedRows strides,
-                  const typename Dot::Element* b, int64_t k, bool first, float* c) {
+void tile_product(const typename Dot::Element* a, PackedRows strides, Panel<Dot> b, int64_t k,
+                  bool first, float* c) {
     for (int64_t start = 0; start < k; start += kRun, first = false) {
         Vec acc[kRows][kTileVectors];
         for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
         tile<Dot, kRows, kTileVectors>(a + start * strides.k, strides.row, strides.k,
-                                       b + start * kPanel, kPanel, std::min(kRun, k - start), acc);
+                                       b.at + start * b.k, b.k, std::min(kRun, k - start), acc);
         for_each_vector<kRows, kTileVectors>([&](int m, int n) {
             float* at = c + m * kPanel + n * kLanes;
             store(at, first ? acc[m][n] : acc[m][n] + load(at));
@@ -190,8 +209,8 @@ void tile_product(const typename Dot::Element* a, PackedRows strides,
 }
 
 template <class Dot>
-void product_of_rows(int64_t rows, const typename Dot::Element* a, PackedRows strides,
-                     const typename Dot::Element* b, int64_t k, bool first, float* c) {
+void product_of_rows(int64_t rows, const typename Dot::Element* a, PackedRows strides, Panel<Dot> b,
+                     int64_t k, bool first, float* c) {
     constexpr int kMiddle = kTileRows > 8 ? 8 : 4;
     if (rows > kMiddle) return tile_product<Dot, kTileRows>(a, strides, b, k, first, c);
     if (rows > 4) return tile_product<Dot, kMiddle>(a, strides, b, k, first, c);
@@ -212,6 +231,7 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
     Element* a = scratch<Element>(kGroupRows * kRowStride + kLanes, kSlotA);
     Element* b = scratch<Element>(panels * sources * kPanel * kDepth, kSlotB);
     float* c = scratch<float>(tiles * sources * kTileSize, kSlotC);
+    Panel<Dot> panels_b[2 * kItemPanels];
     int64_t block = 0;
     for (int t = 0; t < count; ++t) {
         const GemmTerm& term = terms[t];
@@ -222,10 +242,10 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
             for (int64_t p = 0; p < panels; ++p) {
                 const int64_t column = (panel + p) * kPanel;
                 const int64_t columns = std::min<int64_t>(kPanel, n - column);
-                Element* to = b + p * sources * kPanel * kDepth;
-                pack_panel<Dot>(term.b, column, columns, k0, k, to);
-                if (sources == 2)
-                    pack_panel<Dot>(term.b_pair, column, columns, k0, k, to + kPanel * kDepth);
+                for (int s = 0; s < sources; ++s)
+                    panels_b[p * sources + s] =
+                        panel_of<Dot>(s ? term.b_pair : term.b, column, columns, k0, k,
+                                      outer <= kTileRows, b + (p * sources + s) * kPanel * kDepth);
             }
             float* tile = c;
             for (int64_t row = 0; row < rows; row += kTileRows) {
@@ -249,9 +269,8 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
                     prefetch_rows(term.a, m + next, std::min<int64_t>(kTileRows, rows - next), k0,
                                   k, p, panels);
                     for (int s = 0; s < sources; ++s) {
-                        product_of_rows<Dot>(here, tile_a, strides,
-                                             b + (p * sources + s) * kPanel * kDepth, depth,
-                                             block == 0, tile + s * kTileSize);
+                        product_of_rows<Dot>(here, tile_a, strides, panels_b[p * sources + s],
+                                             depth, block == 0, tile + s * kTileSize);
                     }
                     if (block == blocks - 1) {
                         const int64_t column = (panel + p) * kPanel;
@@ -267,7 +286,6 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
 
 // Dot products along k for few rows: B is read once as it lies, kDotColumns columns at a time.
 
-constexpr int64_t kFewRows = 16;
 constexpr int kDotColumns = 4;
 
 // c[row * kPanel + column] += A (kRows, k) B (k, up to kDotColumns), A packed as Elements.
