@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.p
 	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint format bench bench-cpu clean
+.PHONY: demo test lint format bench bench-cpu sanitize clean
 
 # Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
 demo: $(VENV)/demo
@@ -41,6 +41,16 @@ bench: $(VENV)/dev
 
 bench-cpu: $(VENV)/dev
 	cd bench && '$(CURDIR)/$(BIN)/python' cpu.py
+
+# The ops' tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZERS := -fsanitize=address,undefined
+sanitize: $(VENV)/dev
+	CXXFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1' \
+		LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build --build-base build/sanitize \
+		--build-lib build/sanitize/lib
+	cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH='$(CURDIR)/build/sanitize/lib' \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		'$(CURDIR)/$(BIN)/python' -m pytest -s ops -k 'cpu and not compile and not opcheck'
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -356,7 +356,8 @@ void softmax_bwd_of(const SoftmaxBwdArgs& args) {
     const int64_t tasks = args.dbias ? kept * parts : parts;
     const int64_t bias_columns = args.bias_columns ? shape.columns : 1;
     const bool simple = !args.log && !args.dropout.threshold && !args.dbias;
-    std::vector<float> partial(args.dbias ? tasks * bias_columns : 0);
+    // Padded: its end is read in whole vectors.
+    std::vector<float> partial(args.dbias ? tasks * bias_columns + kLanes : 0);
 
 #pragma omp parallel if (tasks > 1)
     {
