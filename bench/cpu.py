@@ -13,6 +13,7 @@ from pathlib import Path
 
 import test_attention
 import test_ffn
+import test_norm
 import test_softmax
 import torch
 from interleave import medians
@@ -42,6 +43,7 @@ ATTENTION = {
     "decode, GQA, d128, batch 8": {"fp32": (1.0, None), "bf16": (1.0, None)},
 }
 SOFTMAX_BAR = 1.3
+NORM_BAR = 1.3
 FFN_BARS = {"fp32": 1.2, "bf16": 1.1}
 
 
@@ -95,6 +97,28 @@ def softmax_rows():
                 row |= compare({name: direction(name, x) for name in test_softmax.LIBRARIES})
                 row["bytes_per_second"] = tensors * x.numel() * x.element_size() / row["fastattn"]
                 yield row
+
+
+def norm_rows():
+    for dtype in ("fp32", "bf16"):
+        for op, (torchs, ours, tensors) in test_norm.OPS.items():
+            for shape in test_norm.SHAPES:
+                args = test_norm.inputs(shape, DTYPES[dtype])
+                directions = (test_norm.forward, test_norm.backward)
+                for direction, touched in zip(directions, tensors, strict=True):
+                    row = {
+                        "op": op,
+                        "case": "x".join(map(str, shape)),
+                        "dtype": dtype,
+                        "direction": direction.__name__,
+                        "bar": NORM_BAR,
+                    }
+                    row |= compare(
+                        {"torch": direction(torchs, args), "fastattn": direction(ours, args)}
+                    )
+                    size = args[0].numel() * args[0].element_size()
+                    row["bytes_per_second"] = touched * size / row["fastattn"]
+                    yield row
 
 
 def ffn_rows():
@@ -166,7 +190,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ops", nargs="*", default=["attention", "softmax", "ffn"])
+    parser.add_argument("--ops", nargs="*", default=["attention", "softmax", "ffn", "norm"])
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "cpu.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -180,7 +204,12 @@ def main():
     )
     print(f"{'':52} {'fastattn':>12} {'torch/':>7} {'':>10} {'of peak':>6} error/torch's")
     rows = []
-    makers = {"attention": attention_rows, "softmax": softmax_rows, "ffn": ffn_rows}
+    makers = {
+        "attention": attention_rows,
+        "softmax": softmax_rows,
+        "ffn": ffn_rows,
+        "norm": norm_rows,
+    }
     for op in options.ops:
         for row in makers[op]():
             show(row, limits)

@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_softmax(m);
     bind_ffn(m);
+    bind_norm(m);
 
     m.attr("__version__") = FASTATTN_VERSION;
     m.attr("compiler") = kCompiler;

@@ -2,7 +2,7 @@
 
 from fastattn.dispatch import BackendError, explain, use_backend
 from fastattn.nn.accelerate import accelerate, restore
-from fastattn.ops import attention, ffn, gated_ffn, softmax
+from fastattn.ops import attention, ffn, gated_ffn, layer_norm, rms_norm, softmax
 
 __version__ = "0.1.0"
 
@@ -13,7 +13,9 @@ __all__ = [
     "explain",
     "ffn",
     "gated_ffn",
+    "layer_norm",
     "restore",
+    "rms_norm",
     "softmax",
     "use_backend",
 ]

@@ -144,6 +144,8 @@ def _backends() -> dict[str, dict[str, Any]]:
                 "softmax": (fastattn.softmax, (x,)),
                 "ffn": (fastattn.ffn, (x, x.new_ones(64, 64), None, x.new_ones(64, 64), None)),
                 "gated_ffn": (fastattn.gated_ffn, (x, *(x.new_ones(64, 64),) * 3)),
+                "layer_norm": (fastattn.layer_norm, (x, x.new_ones(64))),
+                "rms_norm": (fastattn.rms_norm, (x, x.new_ones(64))),
             }
             for op, (function, arguments) in samples.items():
                 refusals = fastattn.explain(function, *arguments)[0].refusals

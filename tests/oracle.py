@@ -118,6 +118,24 @@ def gated_ffn(x, w_gate, w_up, w_down, *, activation="silu", **_):
     return linear(ACTIVATIONS[activation](linear(x, w_gate)) * linear(x, w_up), w_down)
 
 
+def layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):
+    """Layer norm in the dtype of x, with a residual the sum too; differentiable."""
+    s = x if residual is None else x + residual
+    d = s - s.mean(-1, keepdim=True)
+    y = d / (d.square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight.to(y)
+    y = y if bias is None else y + bias.to(y)
+    return y if residual is None else (y, s)
+
+
+def rms_norm(x, weight, *, eps=1e-6, residual=None):
+    """RMS norm in the dtype of x, with a residual the sum too; differentiable."""
+    s = x if residual is None else x + residual
+    y = s / (s.square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y if weight is None else y * weight.to(y)
+    return y if residual is None else (y, s)
+
+
 def check_close(name, got, exact, rounded, dtype, slack=2.0):
     """`got` is no further from `exact` (float64) than `slack` times the same formula rounded.
 

@@ -49,7 +49,14 @@ def test_info_lists_every_backend_with_its_reasons(capsys):
     assert list(backends) == [backend.NAME for backend in BACKENDS]
     for facts in backends.values():
         assert facts["runs"] or all(facts["refusals"].values())
-    assert backends["reference"]["runs"] == ["attention", "softmax", "ffn", "gated_ffn"]
+    assert backends["reference"]["runs"] == [
+        "attention",
+        "softmax",
+        "ffn",
+        "gated_ffn",
+        "layer_norm",
+        "rms_norm",
+    ]
 
 
 def test_info_text_has_a_line_for_each_backend(capsys):

@@ -36,6 +36,7 @@ inline Dropout read_dropout(double dropout_p, uintptr_t seed) {
 void bind_attention(py::module_& m);
 void bind_softmax(py::module_& m);
 void bind_ffn(py::module_& m);
+void bind_norm(py::module_& m);
 
 }  // namespace fastattn
 

@@ -9,6 +9,8 @@ void softmax_fwd(const SoftmaxFwdArgs&);
 void softmax_bwd(const SoftmaxBwdArgs&);
 void ffn_fwd(const FFNFwdArgs&);
 void ffn_bwd(const FFNBwdArgs&);
+void norm_fwd(const NormFwdArgs&);
+void norm_bwd(const NormBwdArgs&);
 double peak_flops(DType);
 double read_bandwidth(const float* from, int64_t count);
 
@@ -20,6 +22,8 @@ const Kernels kernels = {
     .softmax_bwd = softmax_bwd,
     .ffn_fwd = ffn_fwd,
     .ffn_bwd = ffn_bwd,
+    .norm_fwd = norm_fwd,
+    .norm_bwd = norm_bwd,
     .peak_flops = peak_flops,
     .read_bandwidth = read_bandwidth,
 };

@@ -5,6 +5,7 @@
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
 #include "cpu/ffn.h"
+#include "cpu/norm.h"
 #include "cpu/softmax.h"
 
 namespace fastattn {
@@ -17,6 +18,8 @@ struct Kernels {
     void (*softmax_bwd)(const SoftmaxBwdArgs&);
     void (*ffn_fwd)(const FFNFwdArgs&);
     void (*ffn_bwd)(const FFNBwdArgs&);
+    void (*norm_fwd)(const NormFwdArgs&);
+    void (*norm_bwd)(const NormBwdArgs&);
     double (*peak_flops)(DType);                                 // a second, on all threads
     double (*read_bandwidth)(const float* from, int64_t count);  // bytes a second
 };

@@ -2,6 +2,7 @@
 
 from fastattn.ops.attention import attention
 from fastattn.ops.ffn import ffn, gated_ffn
+from fastattn.ops.norm import layer_norm, rms_norm
 from fastattn.ops.softmax import softmax
 
-__all__ = ["attention", "ffn", "gated_ffn", "softmax"]
+__all__ = ["attention", "ffn", "gated_ffn", "layer_norm", "rms_norm", "softmax"]

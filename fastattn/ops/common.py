@@ -31,9 +31,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see a call on these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -2,12 +2,19 @@
 
 import torch
 
-from fastattn.backends.cpu import attention, ffn, native, softmax
+from fastattn.backends.cpu import attention, ffn, native, norm, softmax
 
 NAME = "cpu"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_OPS = {"attention": attention, "softmax": softmax, "ffn": ffn, "gated_ffn": ffn}
+_OPS = {
+    "attention": attention,
+    "softmax": softmax,
+    "ffn": ffn,
+    "gated_ffn": ffn,
+    "layer_norm": norm,
+    "rms_norm": norm,
+}
 
 
 def unsupported(problem) -> list[str]:
@@ -23,3 +30,4 @@ def unsupported(problem) -> list[str]:
 attention_fwd, attention_bwd = attention.attention_fwd, attention.attention_bwd
 softmax_fwd, softmax_bwd = softmax.softmax_fwd, softmax.softmax_bwd
 ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd
+norm_fwd, norm_bwd = norm.norm_fwd, norm.norm_bwd
