@@ -2,13 +2,16 @@
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
+from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.softmax import Softmax
 from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "FeedForward",
     "GatedFeedForward",
+    "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "Softmax",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

@@ -14,12 +14,15 @@ import torch
 from torch.nn.utils import parametrize
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 _REPLACEMENTS: dict[type, type] = {
     torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    torch.nn.LayerNorm: LayerNorm,
+    torch.nn.RMSNorm: RMSNorm,
 }
 _ORIGINALS = {ours: torchs for torchs, ours in _REPLACEMENTS.items()}
 _MARK = "_fastattn_accelerated"
@@ -87,13 +90,13 @@ class Report(AbstractContextManager["Report"]):
 
 
 def accelerate(model: torch.nn.Module) -> Report:
-    """Make the attention and Transformer layers of `model` run on fastattn, in place.
+    """Make the attention, Transformer and norm layers of `model` run on fastattn, in place.
 
-    Every `torch.nn.MultiheadAttention`, `torch.nn.TransformerEncoderLayer` and
-    `torch.nn.TransformerDecoderLayer` in it, itself included, becomes the class of that name in
-    `fastattn.nn` (which see for what differs); the objects and all that they hold stay. Layers of
-    a subclass are left alone, since their forward may be their own, and reported. A second call
-    finds nothing left to swap::
+    Every `torch.nn.MultiheadAttention`, `torch.nn.TransformerEncoderLayer`,
+    `torch.nn.TransformerDecoderLayer`, `torch.nn.LayerNorm` and `torch.nn.RMSNorm` in it, itself
+    included, becomes the class of that name in `fastattn.nn` (which see for what differs); the
+    objects and all that they hold stay. Layers of a subclass are left alone, since their forward
+    may be their own, and reported. A second call finds nothing left to swap::
 
         report = fastattn.accelerate(model)  # for good, or until fastattn.restore(model)
         print(report)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from fastattn.nn.hooks import hooked
 from fastattn.ops import ffn, gated_ffn
 
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
@@ -42,7 +42,7 @@ def feed_forward(
         known is not None
         and type(dropout) is nn.Dropout
         and _plain(linear1, linear2)
-        and not _hooked(dropout)
+        and not hooked(dropout)
         and not x.is_nested
     ):
         dropout_p = dropout.p if dropout.training else 0.0
@@ -63,7 +63,7 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name under which the ops know `activation`, None if they don't."""
     if isinstance(activation, nn.Module):
         name = _MODULES.get(type(activation))
-        return None if name is None or _hooked(activation) else name(activation)
+        return None if name is None or hooked(activation) else name(activation)
     for function, known in _FUNCTIONS.items():
         if activation is function:
             return known
@@ -72,26 +72,7 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 def _plain(*linears: nn.Module) -> bool:
     """Whether these are torch's own Linear whose weights are all that there is to them."""
-    return all(type(linear) is nn.Linear for linear in linears) and not _hooked(*linears)
-
-
-def _hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of `modules` does more than run its forward."""
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return True
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return all(type(linear) is nn.Linear for linear in linears) and not hooked(*linears)
 
 
 def _make_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ import fastattn
 import fastattn.nn
 
 D_MODEL, HEADS = 16, 4
+SWAPPED = 9  # layers of Model
 
 
 class OwnAttention(nn.MultiheadAttention):
@@ -58,8 +59,12 @@ def test_swaps_in_place_and_restores(model, x):
     assert [entry.name for entry in report.swapped] == [
         "encoder.layers.0",
         "encoder.layers.0.self_attn",
+        "encoder.layers.0.norm1",
+        "encoder.layers.0.norm2",
         "encoder.layers.1",
         "encoder.layers.1.self_attn",
+        "encoder.layers.1.norm1",
+        "encoder.layers.1.norm2",
         "attention",
     ]
     assert not report.skipped
@@ -71,7 +76,7 @@ def test_swaps_in_place_and_restores(model, x):
     assert not model.attention.in_proj_weight.requires_grad
     torch.testing.assert_close(model(x), expected)
 
-    assert fastattn.restore(model) == 5
+    assert fastattn.restore(model) == SWAPPED
     assert types(model) == before and model.__dict__ == state
     assert all("fastattn" not in key for m in model.modules() for key in m.__dict__)
     torch.testing.assert_close(model(x), expected)
@@ -81,7 +86,7 @@ def test_swaps_in_place_and_restores(model, x):
 def test_twice_is_once(model):
     before = types(model)
     first, second = fastattn.accelerate(model), fastattn.accelerate(model)
-    assert len(first.swapped) == 5 and not second.swapped and not second.skipped
+    assert len(first.swapped) == SWAPPED and not second.swapped and not second.skipped
     with fastattn.accelerate(model):
         pass
     assert type(model.attention) is fastattn.nn.MultiheadAttention
@@ -93,7 +98,7 @@ def test_twice_is_once(model):
 def test_context_manager_restores_after_an_exception(model, x):
     before, expected = types(model), model(x)
     with pytest.raises(KeyError), fastattn.accelerate(model) as report:
-        assert len(report.swapped) == 5
+        assert len(report.swapped) == SWAPPED
         torch.testing.assert_close(model(x), expected)
         raise KeyError
     assert types(model) == before
@@ -105,6 +110,8 @@ def test_context_manager_restores_after_an_exception(model, x):
         (nn.MultiheadAttention(D_MODEL, HEADS), fastattn.nn.MultiheadAttention),
         (nn.TransformerEncoderLayer(D_MODEL, HEADS, 8), fastattn.nn.TransformerEncoderLayer),
         (nn.TransformerDecoderLayer(D_MODEL, HEADS, 8), fastattn.nn.TransformerDecoderLayer),
+        (nn.LayerNorm(D_MODEL), fastattn.nn.LayerNorm),
+        (nn.RMSNorm(D_MODEL), fastattn.nn.RMSNorm),
     ],
 )
 def test_model_itself(layer, kind):
@@ -129,10 +136,10 @@ def test_report_says_what_was_kept_and_why(model):
     assert "forward" in reasons["patched"]
     assert "parametrized" in reasons["parametrized"]
     text = str(report)
-    assert "5 swapped, 3 kept" in text
+    assert f"{SWAPPED} swapped, 3 kept" in text
     assert any("encoder.layers.0.self_attn " in line for line in text.splitlines())
     assert any(line.startswith("own") and "kept" in line for line in text.splitlines())
-    assert "5 swapped" in repr(report)
+    assert f"{SWAPPED} swapped" in repr(report)
     assert str(fastattn.accelerate(nn.Linear(2, 2))) == "no layer that fastattn knows"
 
 
@@ -174,7 +181,7 @@ def test_copies_and_files(model, x):
     for other in (copied, pickled, loaded):
         assert types(other) == types(model)
         assert torch.equal(other(x), expected)
-        assert fastattn.restore(other) == 5
+        assert fastattn.restore(other) == SWAPPED
     stock = Model()
     stock.load_state_dict(model.state_dict())
     torch.testing.assert_close(stock(x), expected)
@@ -185,7 +192,7 @@ def test_compiled_before_and_after(model, x):
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     with fastattn.accelerate(compiled) as report:
-        assert len(report.swapped) == 5
+        assert len(report.swapped) == SWAPPED
         torch.testing.assert_close(compiled(x), expected)
         assert torch.compile(model, fullgraph=True, backend="aot_eager")(x).shape == expected.shape
     torch.testing.assert_close(compiled(x), expected)

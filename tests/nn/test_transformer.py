@@ -168,7 +168,7 @@ def test_accelerated_transformer(batch_first, training):
     torch.manual_seed(0)
     stock = nn.Transformer(D_MODEL, HEADS, 2, 2, D_FF, dropout=0.0, batch_first=batch_first)
     ours = copy.deepcopy(stock)
-    assert len(fastattn.accelerate(ours).swapped) == 10
+    assert len(fastattn.accelerate(ours).swapped) == 22
     stock.train(training), ours.train(training)
     src, tgt = tokens(SEQLEN, batch_first), tokens(SEQLEN, batch_first)
     hidden = padding(SEQLEN)
@@ -217,10 +217,17 @@ def test_start_values_and_state_dict_are_torchs(kind):
     stock.load_state_dict(ours.state_dict())
 
 
-def test_feed_forward_is_fused():
-    _, layer = pair("TransformerEncoderLayer", batch_first=True)
-    operators = {choice.problem.op for choice in fastattn.explain(layer, tokens(SEQLEN))}
-    assert operators == {"attention_fwd", "ffn_fwd"}
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_feed_forward_and_residuals_are_fused(norm_first):
+    _, encoder = pair("TransformerEncoderLayer", batch_first=True, norm_first=norm_first)
+    _, decoder = pair("TransformerDecoderLayer", batch_first=True, norm_first=norm_first)
+    x = tokens(SEQLEN)
+    for layer, args, norms in ((encoder, (x,), 2), (decoder, (x, x), 3)):
+        problems = [choice.problem for choice in fastattn.explain(layer, *args)]
+        ops = {problem.op for problem in problems}
+        assert ops == {"attention_fwd", "ffn_fwd", "layer_norm_fwd"}
+        fused = [p for p in problems if p.op == "layer_norm_fwd" and p.residual]
+        assert len(fused) == norms - norm_first
 
 
 def test_hooks_and_replaced_modules_are_called():
