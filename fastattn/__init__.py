@@ -2,7 +2,15 @@
 
 from fastattn.dispatch import BackendError, explain, use_backend
 from fastattn.nn.accelerate import accelerate, restore
-from fastattn.ops import attention, ffn, gated_ffn, layer_norm, rms_norm, softmax
+from fastattn.ops import (
+    attention,
+    cross_entropy,
+    ffn,
+    gated_ffn,
+    layer_norm,
+    rms_norm,
+    softmax,
+)
 
 __version__ = "0.1.0"
 
@@ -10,6 +18,7 @@ __all__ = [
     "BackendError",
     "accelerate",
     "attention",
+    "cross_entropy",
     "explain",
     "ffn",
     "gated_ffn",

@@ -136,6 +136,20 @@ def rms_norm(x, weight, *, eps=1e-6, residual=None):
     return y if residual is None else (y, s)
 
 
+def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """Cross entropy with class indices in the dtype of the logits, differentiable."""
+    seen = targets != ignore_index
+    empty = torch.isneginf(logits).all(-1)
+    log_p = torch.log_softmax(logits.masked_fill((empty | ~seen)[..., None], 0.0), -1)
+    losses = -log_p.gather(-1, targets.masked_fill(~seen, 0)[..., None])[..., 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(-1)
+    losses = losses.masked_fill(empty, math.inf).masked_fill(~seen, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (max(int(seen.sum()), 1) if reduction == "mean" else 1)
+
+
 def check_close(name, got, exact, rounded, dtype, slack=2.0):
     """`got` is no further from `exact` (float64) than `slack` times the same formula rounded.
 

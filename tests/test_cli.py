@@ -56,6 +56,7 @@ def test_info_lists_every_backend_with_its_reasons(capsys):
         "gated_ffn",
         "layer_norm",
         "rms_norm",
+        "cross_entropy",
     ]
 
 

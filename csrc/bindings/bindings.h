@@ -37,6 +37,7 @@ void bind_attention(py::module_& m);
 void bind_softmax(py::module_& m);
 void bind_ffn(py::module_& m);
 void bind_norm(py::module_& m);
+void bind_cross_entropy(py::module_& m);
 
 }  // namespace fastattn
 

@@ -11,6 +11,8 @@ void ffn_fwd(const FFNFwdArgs&);
 void ffn_bwd(const FFNBwdArgs&);
 void norm_fwd(const NormFwdArgs&);
 void norm_bwd(const NormBwdArgs&);
+int64_t cross_entropy_fwd(const CrossEntropyFwdArgs&);
+void cross_entropy_bwd(const CrossEntropyBwdArgs&);
 double peak_flops(DType);
 double read_bandwidth(const float* from, int64_t count);
 
@@ -24,6 +26,8 @@ const Kernels kernels = {
     .ffn_bwd = ffn_bwd,
     .norm_fwd = norm_fwd,
     .norm_bwd = norm_bwd,
+    .cross_entropy_fwd = cross_entropy_fwd,
+    .cross_entropy_bwd = cross_entropy_bwd,
     .peak_flops = peak_flops,
     .read_bandwidth = read_bandwidth,
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/dtype.h"
 #include "cpu/ffn.h"
 #include "cpu/norm.h"
@@ -20,6 +21,8 @@ struct Kernels {
     void (*ffn_bwd)(const FFNBwdArgs&);
     void (*norm_fwd)(const NormFwdArgs&);
     void (*norm_bwd)(const NormBwdArgs&);
+    int64_t (*cross_entropy_fwd)(const CrossEntropyFwdArgs&);
+    void (*cross_entropy_bwd)(const CrossEntropyBwdArgs&);
     double (*peak_flops)(DType);                                 // a second, on all threads
     double (*read_bandwidth)(const float* from, int64_t count);  // bytes a second
 };

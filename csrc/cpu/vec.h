@@ -188,8 +188,7 @@ FASTATTN_INLINE void store(T* p, Vec v, int64_t count) {
 }
 template <class T>
 FASTATTN_INLINE float to_float(T x) {
-    T padded[kLanes] = {x};
-    return load(padded)[0];
+    return widen(T{}, HalfVec{x.bits})[0];
 }
 template <>
 FASTATTN_INLINE float to_float(float x) {

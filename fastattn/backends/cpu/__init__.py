@@ -2,7 +2,7 @@
 
 import torch
 
-from fastattn.backends.cpu import attention, ffn, native, norm, softmax
+from fastattn.backends.cpu import attention, cross_entropy, ffn, native, norm, softmax
 
 NAME = "cpu"
 
@@ -14,6 +14,7 @@ _OPS = {
     "gated_ffn": ffn,
     "layer_norm": norm,
     "rms_norm": norm,
+    "cross_entropy": cross_entropy,
 }
 
 
@@ -31,3 +32,5 @@ attention_fwd, attention_bwd = attention.attention_fwd, attention.attention_bwd
 softmax_fwd, softmax_bwd = softmax.softmax_fwd, softmax.softmax_bwd
 ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd
 norm_fwd, norm_bwd = norm.norm_fwd, norm.norm_bwd
+cross_entropy_fwd = cross_entropy.cross_entropy_fwd
+cross_entropy_bwd = cross_entropy.cross_entropy_bwd

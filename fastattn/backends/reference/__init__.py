@@ -3,7 +3,7 @@
 Runs on any device and in float64; half precisions compute in float32.
 """
 
-from fastattn.backends.reference import attention, ffn, norm, softmax
+from fastattn.backends.reference import attention, cross_entropy, ffn, norm, softmax
 
 NAME = "reference"
 
@@ -17,3 +17,5 @@ attention_fwd, attention_bwd = attention.attention_fwd, attention.attention_bwd
 softmax_fwd, softmax_bwd = softmax.softmax_fwd, softmax.softmax_bwd
 ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd
 norm_fwd, norm_bwd = norm.norm_fwd, norm.norm_bwd
+cross_entropy_fwd = cross_entropy.cross_entropy_fwd
+cross_entropy_bwd = cross_entropy.cross_entropy_bwd
