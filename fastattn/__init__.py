@@ -8,6 +8,7 @@ from fastattn.ops import (
     ffn,
     gated_ffn,
     layer_norm,
+    linear_cross_entropy,
     rms_norm,
     softmax,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "ffn",
     "gated_ffn",
     "layer_norm",
+    "linear_cross_entropy",
     "restore",
     "rms_norm",
     "softmax",

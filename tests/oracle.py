@@ -150,6 +150,14 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
     return losses.sum() / (max(int(seen.sum()), 1) if reduction == "mean" else 1)
 
 
+def linear_cross_entropy(x, weight, bias, targets, **kwargs):
+    """Cross entropy of a linear layer in the dtype of x, differentiable."""
+    # Ignored rows of x may be NaN; -inf in the bias hides a class.
+    seen = (targets != kwargs.get("ignore_index", -100))[..., None]
+    logits = x.masked_fill(~seen, 0.0) @ weight.T
+    return cross_entropy(logits if bias is None else logits + bias, targets, **kwargs)
+
+
 def check_close(name, got, exact, rounded, dtype, slack=2.0):
     """`got` is no further from `exact` (float64) than `slack` times the same formula rounded.
 

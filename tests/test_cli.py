@@ -57,6 +57,7 @@ def test_info_lists_every_backend_with_its_reasons(capsys):
         "layer_norm",
         "rms_norm",
         "cross_entropy",
+        "linear_cross_entropy",
     ]
 
 

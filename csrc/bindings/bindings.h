@@ -7,6 +7,7 @@
 
 #include <array>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/dropout.h"
 #include "cpu/dtype.h"
 
@@ -33,11 +34,17 @@ inline Dropout read_dropout(double dropout_p, uintptr_t seed) {
     return make_dropout(dropout_p, dropout_p > 0 ? *pointer<uint64_t>(seed) : 0);
 }
 
+inline CrossEntropyTargets read_targets(uintptr_t targets, int64_t ignore_index, float smoothing,
+                                        int reduction) {
+    return {pointer<int64_t>(targets), ignore_index, smoothing, Reduction(reduction)};
+}
+
 void bind_attention(py::module_& m);
 void bind_softmax(py::module_& m);
 void bind_ffn(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_cross_entropy(py::module_& m);
+void bind_linear_cross_entropy(py::module_& m);
 
 }  // namespace fastattn
 

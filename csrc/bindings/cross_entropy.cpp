@@ -14,11 +14,6 @@ LogitsView read_logits(DType dtype, const Ints<3>& shape, const Strided<2>& logi
             logits.strides[1]};
 }
 
-CrossEntropyTargets read_targets(uintptr_t targets, int64_t ignore_index, float smoothing,
-                                 int reduction) {
-    return {pointer<int64_t>(targets), ignore_index, smoothing, Reduction(reduction)};
-}
-
 int64_t cross_entropy_fwd(DType dtype, const Ints<3>& shape, const Strided<2>& logits,
                           uintptr_t targets, int64_t ignore_index, float smoothing, int reduction,
                           uintptr_t loss, uintptr_t stats) {

@@ -144,7 +144,8 @@ void gradient_rows(const CrossEntropyBwdArgs& args, float scale, int64_t begin, 
         T* dx = static_cast<T*>(args.dlogits) + row * columns;
         const float top = args.stats[2 * row], sum = args.stats[2 * row + 1];
         const int64_t target = targets.data[row];
-        if (!takes_part(targets, row) || top == -kInfinity || target < 0 || target >= columns) {
+        if (!takes_part(targets, row) || no_class_left(top, sum) || target < 0 ||
+            target >= columns) {
             std::fill(dx, dx + columns, T{});
             continue;
         }

@@ -25,13 +25,15 @@ FASTATTN_INLINE float shift_of(float top) { return top == -kInfinity ? 0.0f : to
 
 FASTATTN_INLINE float exp(float x) { return exp(splat(x))[0]; }
 
+// Whether all of a row's logits are -inf; the maximum of NaN only is -inf too, but not the sum 0.
+FASTATTN_INLINE bool no_class_left(float top, float sum) { return top == -kInfinity && sum == 0; }
+
 // What a row adds to the loss.
 FASTATTN_INLINE float row_loss(const RowStats& row, float target_logit, float smoothing,
                                int64_t columns) {
     const float log_sum = std::log(row.sum);
     const float plain = (row.top - target_logit) + log_sum;
-    // A row of -inf only gives its target no chance.
-    if (row.top == -kInfinity) return kInfinity;
+    if (no_class_left(row.top, row.sum)) return kInfinity;
     if (smoothing == 0.0f) return plain;
     const float uniform = (row.top - row.anchor) - row.linear / float(columns) + log_sum;
     return (1.0f - smoothing) * plain + smoothing * uniform;

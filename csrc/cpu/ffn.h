@@ -5,17 +5,11 @@
 
 #include "cpu/dropout.h"
 #include "cpu/dtype.h"
+#include "cpu/matrix.h"
 
 namespace fastattn {
 
 enum class Activation : int32_t { relu, gelu, gelu_tanh, silu };
-
-// One of the two strides is 1.
-struct MatrixView {
-    const void* data;
-    int64_t row_stride;
-    int64_t column_stride;
-};
 
 struct FFNShape {
     DType dtype;  // of every tensor

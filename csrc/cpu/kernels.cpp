@@ -13,6 +13,8 @@ void norm_fwd(const NormFwdArgs&);
 void norm_bwd(const NormBwdArgs&);
 int64_t cross_entropy_fwd(const CrossEntropyFwdArgs&);
 void cross_entropy_bwd(const CrossEntropyBwdArgs&);
+int64_t linear_cross_entropy_fwd(const LinearCrossEntropyFwdArgs&);
+void linear_cross_entropy_bwd(const LinearCrossEntropyBwdArgs&);
 double peak_flops(DType);
 double read_bandwidth(const float* from, int64_t count);
 
@@ -28,6 +30,8 @@ const Kernels kernels = {
     .norm_bwd = norm_bwd,
     .cross_entropy_fwd = cross_entropy_fwd,
     .cross_entropy_bwd = cross_entropy_bwd,
+    .linear_cross_entropy_fwd = linear_cross_entropy_fwd,
+    .linear_cross_entropy_bwd = linear_cross_entropy_bwd,
     .peak_flops = peak_flops,
     .read_bandwidth = read_bandwidth,
 };

@@ -6,6 +6,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/dtype.h"
 #include "cpu/ffn.h"
+#include "cpu/linear_cross_entropy.h"
 #include "cpu/norm.h"
 #include "cpu/softmax.h"
 
@@ -23,6 +24,8 @@ struct Kernels {
     void (*norm_bwd)(const NormBwdArgs&);
     int64_t (*cross_entropy_fwd)(const CrossEntropyFwdArgs&);
     void (*cross_entropy_bwd)(const CrossEntropyBwdArgs&);
+    int64_t (*linear_cross_entropy_fwd)(const LinearCrossEntropyFwdArgs&);
+    void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBwdArgs&);
     double (*peak_flops)(DType);                                 // a second, on all threads
     double (*read_bandwidth)(const float* from, int64_t count);  // bytes a second
 };

@@ -3,6 +3,7 @@
 from fastattn.ops.attention import attention
 from fastattn.ops.cross_entropy import cross_entropy
 from fastattn.ops.ffn import ffn, gated_ffn
+from fastattn.ops.linear_cross_entropy import linear_cross_entropy
 from fastattn.ops.norm import layer_norm, rms_norm
 from fastattn.ops.softmax import softmax
 
@@ -12,6 +13,7 @@ __all__ = [
     "ffn",
     "gated_ffn",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "softmax",
 ]

@@ -138,12 +138,15 @@ def test_magnitudes(backend, dtype, label_smoothing):
 
 
 @pytest.mark.parametrize("columns", [5, 5000])
-@pytest.mark.parametrize("at", [0, 3, -1])
+@pytest.mark.parametrize("at", [0, 3, -1, slice(None)])
 def test_nan_stays_in_its_row(backend, columns, at):
     logits, targets = draw(3, columns, ignored=0)
     logits[1, at] = math.nan
+    logits.requires_grad_()
     loss = fastattn.cross_entropy(logits, targets, reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
+    loss.sum().backward()
+    assert logits.grad.isnan().any(-1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

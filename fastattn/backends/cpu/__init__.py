@@ -2,7 +2,15 @@
 
 import torch
 
-from fastattn.backends.cpu import attention, cross_entropy, ffn, native, norm, softmax
+from fastattn.backends.cpu import (
+    attention,
+    cross_entropy,
+    ffn,
+    linear_cross_entropy,
+    native,
+    norm,
+    softmax,
+)
 
 NAME = "cpu"
 
@@ -15,6 +23,7 @@ _OPS = {
     "layer_norm": norm,
     "rms_norm": norm,
     "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 
@@ -34,3 +43,5 @@ ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd
 norm_fwd, norm_bwd = norm.norm_fwd, norm.norm_bwd
 cross_entropy_fwd = cross_entropy.cross_entropy_fwd
 cross_entropy_bwd = cross_entropy.cross_entropy_bwd
+linear_cross_entropy_fwd = linear_cross_entropy.linear_cross_entropy_fwd
+linear_cross_entropy_bwd = linear_cross_entropy.linear_cross_entropy_bwd

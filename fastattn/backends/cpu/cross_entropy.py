@@ -26,7 +26,8 @@ def logits_arguments(dtype, logits: Tensor) -> tuple:
     )
 
 
-def _targets(problem, targets: Tensor) -> tuple:
+def targets_arguments(problem, targets: Tensor) -> tuple:
+    """What the kernels take of contiguous targets."""
     return (
         targets.data_ptr(),
         problem.ignore_index,
@@ -43,7 +44,7 @@ def cross_entropy_fwd(problem, t) -> tuple[Tensor, Tensor, int]:
     stats = torch.empty((targets.numel(), 2), dtype=torch.float32)
     invalid = native._C.cross_entropy_fwd(
         *logits_arguments(problem.dtype, logits),
-        *_targets(problem, targets),
+        *targets_arguments(problem, targets),
         loss.data_ptr(),
         stats.data_ptr(),
     )
@@ -57,7 +58,7 @@ def cross_entropy_bwd(problem, t, stats, dloss) -> Tensor:
     dlogits = logits.new_empty(problem.shape)
     native._C.cross_entropy_bwd(
         *logits_arguments(problem.dtype, logits),
-        *_targets(problem, targets),
+        *targets_arguments(problem, targets),
         dloss.data_ptr(),
         stats.data_ptr(),
         dlogits.data_ptr(),

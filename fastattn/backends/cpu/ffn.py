@@ -14,23 +14,6 @@ def unsupported(problem) -> list[str]:
     return ["an empty d_model, d_ff or d_out"] if empty else []
 
 
-def _matrix(matrix: Tensor | None) -> Tensor | None:
-    """The matrix, copied if neither stride is 1."""
-    if matrix is None or 1 in matrix.stride() or 1 in matrix.shape:
-        return matrix
-    return matrix.contiguous()
-
-
-def _matrix_address(matrix: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    if matrix is None:
-        return None
-    strides = matrix.stride()
-    if 1 not in strides:
-        # A stride over a single element may be anything.
-        strides = tuple(1 if n == 1 else stride for n, stride in zip(matrix.shape, strides))
-    return matrix.data_ptr(), strides
-
-
 def _ffn_shape(problem) -> tuple:
     return (
         native.DTYPES[problem.dtype],
@@ -52,13 +35,13 @@ def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if problem.save == "all":
         hidden = t.x.new_empty((rows, d_ff))
     if rows:
-        matrices = [_matrix(matrix) for matrix in (t.x, t.w1, t.w_up, t.w2)]
+        matrices = [native.matrix(matrix) for matrix in (t.x, t.w1, t.w_up, t.w2)]
         b1, b2 = native.contiguous(t.b1), native.contiguous(t.b2)
         native._C.ffn_fwd(
             _ffn_shape(problem),
             problem.dropout_p,
             native.pointer(t.seed),
-            *(_matrix_address(matrix) for matrix in matrices),
+            *(native.matrix_address(matrix) for matrix in matrices),
             native.pointer(b1),
             native.pointer(b2),
             y.data_ptr(),
@@ -78,7 +61,7 @@ def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
         for tensor, wants in zip(inputs, wanted, strict=True)
     )
     if problem.rows:
-        matrices = [_matrix(matrix) for matrix in (t.x, t.w1, t.w_up, t.w2)]
+        matrices = [native.matrix(matrix) for matrix in (t.x, t.w1, t.w_up, t.w2)]
         b1 = native.contiguous(t.b1)
         dy = native.unit_last_stride(dy.to(problem.dtype))
         preact, hidden = native.contiguous(preact), native.contiguous(hidden)
@@ -86,8 +69,8 @@ def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
             _ffn_shape(problem),
             problem.dropout_p,
             native.pointer(t.seed),
-            *(_matrix_address(matrix) for matrix in matrices),
-            _matrix_address(dy),
+            *(native.matrix_address(matrix) for matrix in matrices),
+            native.matrix_address(dy),
             native.pointer(b1),
             native.pointer(preact),
             native.pointer(hidden),

@@ -25,6 +25,24 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride()[-1] == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
+def matrix(tensor: Tensor | None) -> Tensor | None:
+    """The matrix, copied if neither stride is 1."""
+    if tensor is None or 1 in tensor.stride() or 1 in tensor.shape:
+        return tensor
+    return tensor.contiguous()
+
+
+def matrix_address(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    """The address and strides of what `matrix` returned, one of them 1; None for None."""
+    if tensor is None:
+        return None
+    strides = tensor.stride()
+    if 1 not in strides:
+        # A stride over a single element may be anything.
+        strides = tuple(1 if n == 1 else stride for n, stride in zip(tensor.shape, strides))
+    return tensor.data_ptr(), strides
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor made contiguous, if there is one."""
     return None if tensor is None else tensor.contiguous()

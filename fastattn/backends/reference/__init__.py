@@ -3,7 +3,14 @@
 Runs on any device and in float64; half precisions compute in float32.
 """
 
-from fastattn.backends.reference import attention, cross_entropy, ffn, norm, softmax
+from fastattn.backends.reference import (
+    attention,
+    cross_entropy,
+    ffn,
+    linear_cross_entropy,
+    norm,
+    softmax,
+)
 
 NAME = "reference"
 
@@ -19,3 +26,5 @@ ffn_fwd, ffn_bwd = ffn.ffn_fwd, ffn.ffn_bwd
 norm_fwd, norm_bwd = norm.norm_fwd, norm.norm_bwd
 cross_entropy_fwd = cross_entropy.cross_entropy_fwd
 cross_entropy_bwd = cross_entropy.cross_entropy_bwd
+linear_cross_entropy_fwd = linear_cross_entropy.linear_cross_entropy_fwd
+linear_cross_entropy_bwd = linear_cross_entropy.linear_cross_entropy_bwd
