@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_bf16"), "aarch64": ("neon",)}
+ISAS = {"x86_64": ("baseline", "avx2", "avx512", "avx512_bf16", "amx"), "aarch64": ("neon",)}
 OLDEST = {"gcc": 11, "clang": 14, "nvcc": 12}
 CXX_FLAGS = (
     "-std=c++20 -O3 -DNDEBUG -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=fast "

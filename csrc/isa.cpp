@@ -9,6 +9,8 @@
 
 #ifdef __x86_64__
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fastattn {
@@ -57,12 +59,22 @@ bool has_avx512_bf16() {
     return has_avx512() && has(Cpuid(7, 1).eax, kBf16);
 }
 
+// Linux lends a process the tile registers when it asks for them.
+bool has_amx() {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return has_avx512_bf16() && has(saved_states(), 0x600e6) &&
+           has(Cpuid(7, 0).edx, kBf16 | kTile) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 // Narrowest first.
-constexpr std::array<InstructionSet, 4> kSets{{
+constexpr std::array<InstructionSet, 5> kSets{{
     {"baseline", &baseline::kernels, [] { return true; }},
     {"avx2", &avx2::kernels, has_avx2},
     {"avx512", &avx512::kernels, has_avx512},
     {"avx512_bf16", &avx512_bf16::kernels, has_avx512_bf16},
+    {"amx", &amx::kernels, has_amx},
 }};
 
 #else

@@ -11,8 +11,6 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 constexpr int kPanel = kTileVectors * kLanes;  // keys or columns of a tile
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // The arguments of sequence b of a packed call as those of a call whose sequences are all like it.
 template <class Args>
 Args one_sequence(const Args& a, int64_t b) {

@@ -40,7 +40,7 @@ void drop(const Dropout& dropout, int64_t m, int64_t rows, int64_t n, float* til
     struct Words {
         uint64_t seed = 0;
         int64_t row = -1, block = -1, rows = 0;
-        uint32_t words[kTileRows][64];
+        uint32_t words[kMostRows][64];
     };
     static thread_local Words kept;
     const int64_t block = n / 64;

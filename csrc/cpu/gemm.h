@@ -3,21 +3,25 @@
 //
 // C (m, n) = the sum over terms of A (m, k) B (k, n), handed tile by tile to a sink, which adds
 // biases, applies activations, converts and stores. An item of work is a block of rows and some
-// panels of columns: it packs its block of B, then takes kTileRows rows of A at a time over all its
-// panels. An element's sum is formed in an order that depends on k alone, whichever item it is in.
+// panels of columns: it packs its block of B into the second-level cache, and takes a group of rows
+// of A at a time. Of B's panels, kRun steps stay in the first-level cache for the whole group. An
+// element's sum is formed in an order that depends on k alone, whichever item it is in.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/scratch.h"
 #include "cpu/tile.h"
 
 constexpr int kPanel = kTileVectors * kLanes;
-constexpr int kTileSize = kTileRows * kPanel;
+constexpr int kMostRows = FASTATTN_AMX ? 32 : kTileRows;  // of a tile that a sink gets
+constexpr int kTileSize = kMostRows * kPanel;
 constexpr int64_t kDepth = 512;  // of a packed block, in elements of Dot
-constexpr int64_t kRun = 256;
+constexpr int64_t kRun = FASTATTN_AVX512 ? 128 : 256;
 constexpr int64_t kItemRows = 768;
-constexpr int64_t kFewRows = 16;               // of A: B is not packed for them if it can be read
-constexpr int64_t kGroupRows = 8 * kTileRows;  // of A, packed at a time
+constexpr int64_t kFewRows = 16;    // of A: B is not packed for them if it can be read
+constexpr int64_t kGroupRows = 96;  // of A
 constexpr int64_t kItemPanels = 16 / kTileVectors;
+static_assert(kGroupRows % kTileRows == 0 && kGroupRows % kMostRows == 0);
 constexpr double kSerialWork = 1 << 19;  // multiply-adds worth one thread only
 constexpr int64_t kSerialWeights = 1 << 16;
 
@@ -78,12 +82,20 @@ FASTATTN_INLINE void pack_step(const T* at, int64_t k_stride, bool last, int64_t
     }
 }
 
+// Steps of a product over k elements.
+template <class Dot>
+int64_t depth_of(int64_t k) {
+    return round_up(ceil_div(k, Dot::kPair), Dot::kDepthStep);
+}
+
 // All steps: to[step * width + outer].
 template <class Dot, class T>
 void pack_outer(const T* from, int64_t k_stride, int64_t k, int64_t count, int64_t width,
                 typename Dot::Element* to) {
+    auto* end = to + depth_of<Dot>(k) * width;
     for (int64_t step = 0; step < k; step += Dot::kPair, to += width)
         pack_step<Dot>(from + step * k_stride, k_stride, step + 1 == k, count, width, to);
+    std::memset((void*)to, 0, (end - to) * sizeof(*to));
 }
 
 // Calls f for the operand's storage types that Dot multiplies.
@@ -106,7 +118,7 @@ void pack_panel(const GemmOperand& b, int64_t n, int64_t columns, int64_t k0, in
         else if constexpr (Dot::kPair == 1)
             pack_transposed(from, b.outer_stride, columns, k, k, to, kPanel);
         else
-            pack_transposed_pairs(from, b.outer_stride, columns, k, ceil_div(k, 2), (float*)to,
+            pack_transposed_pairs(from, b.outer_stride, columns, k, depth_of<Dot>(k), (float*)to,
                                   kPanel);
     });
 }
@@ -141,19 +153,20 @@ int64_t padded_depth(int64_t k) {
     return ceil_div(ceil_div(k, Dot::kPair), kLanes) * kLanes;
 }
 
+// Rows of A, and zeros beyond k.
 template <class Dot>
 void pack_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
                typename Dot::Element* to) {
     with_storage_of<Dot>(a.dtype, [&](auto type) {
         const auto from = (decltype(type))a.data + m * a.outer_stride + k0;
-        for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t row = 0; row < rows; ++row, to += kRowStride) {
             auto source = from + row * a.outer_stride;
-            auto* target = to + row * kRowStride;
             if constexpr (Dot::kPair == 1) {
-                for (int64_t j = 0; j < k; j += kLanes) store(target + j, load(source + j, k - j));
+                for (int64_t j = 0; j < k; j += kLanes) store(to + j, load(source + j, k - j));
             } else {
-                target[(k - 1) / 2].bits = 0;
-                std::memcpy(target, source, k * sizeof(*source));
+                const int64_t depth = depth_of<Dot>(k);
+                for (int64_t j = k / 2; j < depth; ++j) to[j].bits = 0;
+                std::memcpy(to, source, k * sizeof(*source));
             }
         }
     });
@@ -174,43 +187,82 @@ void pack_tiles(const GemmOperand& a, int64_t m, int64_t rows, int64_t outer, in
     });
 }
 
-// A whole tile of float32 rows is read where it lies.
+// The same A as rows, zeros beyond.
 template <class Dot>
-bool in_place(const GemmOperand& a, int64_t rows) {
-    return Dot::kPair == 1 && a.dtype == DType::float32 && a.k_stride == 1 && rows == kTileRows;
+void pack_transposed_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
+                          typename Dot::Element* to) {
+    with_storage_of<Dot>(a.dtype, [&](auto type) {
+        const auto from = (decltype(type))a.data + m + k0 * a.k_stride;
+        for (int64_t step = 0; step < depth_of<Dot>(k); step += kLanes) {
+            for (int64_t row = 0; row < rows; row += kLanes) {
+                Vec block[kLanes] = {};
+                for (int64_t i = 0; i < kLanes && (step + i) * Dot::kPair < k; ++i) {
+                    const int64_t at = (step + i) * Dot::kPair;
+                    pack_step<Dot>(from + at * a.k_stride + row, a.k_stride, at + 1 == k,
+                                   rows - row, kLanes, (typename Dot::Element*)&block[i]);
+                }
+                transpose(block);
+                for (int64_t i = 0; i < kLanes; ++i)
+                    store((float*)(to + (row + i) * kRowStride + step), block[i]);
+            }
+        }
+    });
 }
 
-// A part of the next tile's rows, so that they come while this one's products are computed.
-inline void prefetch_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
-                          int64_t part, int64_t parts) {
-    if (a.k_stride != 1) return;
-    const int64_t size = itemsize(a.dtype), first = k * part / parts, last = k * (part + 1) / parts;
-    for (int64_t row = m; row < m + rows; ++row) {
-        const char* from = (const char*)a.data + (row * a.outer_stride + k0) * size;
-        for (int64_t byte = first * size; byte < last * size; byte += 64)
-            __builtin_prefetch(from + byte);
+// Rows of A as products read them.
+template <class Dot>
+struct Rows {
+    const typename Dot::Element* at;
+    PackedRows strides;
+    int64_t tile;  // from a tile to the next
+};
+
+// Rows [m, m + rows), of a group, where they lie if they can be read there, otherwise packed.
+template <class Dot>
+Rows<Dot> group_of(const GemmOperand& a, int64_t m, int64_t rows, int64_t outer, int64_t k0,
+                   int64_t k, typename Dot::Element* to) {
+    constexpr int64_t kRows = Dot::kRows;
+    if (a.k_stride != 1) {
+        if constexpr (Dot::kMatrix) {
+            pack_transposed_rows<Dot>(a, m, rows, k0, k, to);
+            return {to, {kRowStride, 1}, kRows * kRowStride};
+        }
+        pack_tiles<Dot>(a, m, rows, outer, k0, k, to);
+        return {to, {1, kTileRows}, kTileRows * kRowStride};
     }
+    const bool whole = Dot::kMatrix ? rows % kMatrixRows == 0 && k % (2 * Dot::kDepthStep) == 0
+                                    : Dot::kPair == 1 && a.dtype == DType::float32;
+    // Elements of pairs are read at even places.
+    if (whole && a.outer_stride % Dot::kPair == 0) {
+        const int64_t stride = a.outer_stride / Dot::kPair;
+        const auto* at = (const char*)a.data + (m * a.outer_stride + k0) * itemsize(a.dtype);
+        return {(const typename Dot::Element*)at, {stride, 1}, kRows * stride};
+    }
+    pack_rows<Dot>(a, m, rows, k0, k, to);
+    if constexpr (Dot::kMatrix)
+        for (int64_t row = rows; row % kMatrixRows; ++row)
+            std::memset((void*)(to + row * kRowStride), 0, depth_of<Dot>(k) * sizeof(*to));
+    return {to, {kRowStride, 1}, kRows * kRowStride};
 }
 
-// In runs of kRun, each summed on its own: shorter chains of additions round less.
+// Short runs, each summed on its own, round less than one long chain.
 template <class Dot, int kRows>
 void tile_product(const typename Dot::Element* a, PackedRows strides, Panel<Dot> b, int64_t k,
                   bool first, float* c) {
-    for (int64_t start = 0; start < k; start += kRun, first = false) {
-        Vec acc[kRows][kTileVectors];
-        for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
-        tile<Dot, kRows, kTileVectors>(a + start * strides.k, strides.row, strides.k,
-                                       b.at + start * b.k, b.k, std::min(kRun, k - start), acc);
-        for_each_vector<kRows, kTileVectors>([&](int m, int n) {
-            float* at = c + m * kPanel + n * kLanes;
-            store(at, first ? acc[m][n] : acc[m][n] + load(at));
-        });
-    }
+    Vec acc[kRows][kTileVectors];
+    for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
+    tile<Dot, kRows, kTileVectors>(a, strides.row, strides.k, b.at, b.k, k, acc);
+    for_each_vector<kRows, kTileVectors>([&](int m, int n) {
+        float* at = c + m * kPanel + n * kLanes;
+        store(at, first ? acc[m][n] : acc[m][n] + load(at));
+    });
 }
 
 template <class Dot>
-void product_of_rows(int64_t rows, const typename Dot::Element* a, PackedRows strides, Panel<Dot> b,
-                     int64_t k, bool first, float* c) {
+void product_of_rows(int64_t rows, int64_t columns, const typename Dot::Element* a,
+                     PackedRows strides, Panel<Dot> b, int64_t k, bool first, float* c) {
+    if constexpr (Dot::kMatrix)
+        return matrix_product<Dot>(rows, columns, a, strides.row, b.at, b.k, k, c, kPanel, !first);
     constexpr int kMiddle = kTileRows > 8 ? 8 : 4;
     if (rows > kMiddle) return tile_product<Dot, kTileRows>(a, strides, b, k, first, c);
     if (rows > 4) return tile_product<Dot, kMiddle>(a, strides, b, k, first, c);
@@ -224,61 +276,63 @@ template <class Dot>
 void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_t outer, int64_t n,
                int64_t panel, int64_t panels, GemmSink sink) {
     typedef typename Dot::Element Element;
+    constexpr int64_t kRows = Dot::kRows;
     const int sources = terms[0].b_pair.data ? 2 : 1;
     int64_t blocks = 0;
     for (int t = 0; t < count; ++t) blocks += ceil_div(terms[t].k, kDepth * Dot::kPair);
-    const int64_t tiles = blocks > 1 ? ceil_div(rows, kTileRows) * panels : 1;
+    // Sums of several blocks are kept of all rows, of one block of a group.
+    const int64_t tile_rows = ceil_div(blocks > 1 ? rows : std::min(rows, kGroupRows), kRows);
     Element* a = scratch<Element>(kGroupRows * kRowStride + kLanes, kSlotA);
     Element* b = scratch<Element>(panels * sources * kPanel * kDepth, kSlotB);
-    float* c = scratch<float>(tiles * sources * kTileSize, kSlotC);
+    float* c = scratch<float>(tile_rows * panels * sources * kTileSize, kSlotC);
     Panel<Dot> panels_b[2 * kItemPanels];
+    const auto columns_of_panel = [&](int64_t p) {
+        return std::min<int64_t>(kPanel, n - (panel + p) * kPanel);
+    };
     int64_t block = 0;
     for (int t = 0; t < count; ++t) {
         const GemmTerm& term = terms[t];
         const int64_t parts = ceil_div(term.k, kDepth * Dot::kPair);
-        const int64_t step = ceil_div(ceil_div(term.k, parts), Dot::kPair) * Dot::kPair;
+        const int64_t step = round_up(ceil_div(term.k, parts), Dot::kPair * Dot::kDepthStep);
         for (int64_t k0 = 0; k0 < term.k; k0 += step, ++block) {
-            const int64_t k = std::min(step, term.k - k0), depth = ceil_div(k, Dot::kPair);
+            const int64_t k = std::min(step, term.k - k0), depth = depth_of<Dot>(k);
             for (int64_t p = 0; p < panels; ++p) {
-                const int64_t column = (panel + p) * kPanel;
-                const int64_t columns = std::min<int64_t>(kPanel, n - column);
                 for (int s = 0; s < sources; ++s)
-                    panels_b[p * sources + s] =
-                        panel_of<Dot>(s ? term.b_pair : term.b, column, columns, k0, k,
-                                      outer <= kTileRows, b + (p * sources + s) * kPanel * kDepth);
+                    panels_b[p * sources + s] = panel_of<Dot>(
+                        s ? term.b_pair : term.b, (panel + p) * kPanel, columns_of_panel(p), k0, k,
+                        outer <= kTileRows, b + (p * sources + s) * kPanel * kDepth);
             }
-            float* tile = c;
-            for (int64_t row = 0; row < rows; row += kTileRows) {
-                const int64_t here = std::min<int64_t>(kTileRows, rows - row);
-                const int64_t in_group = row % kGroupRows;
-                const Element* tile_a = a;
-                PackedRows strides{kRowStride, 1};
-                if (term.a.k_stride != 1) {
-                    if (in_group == 0)
-                        pack_tiles<Dot>(term.a, m + row, std::min(kGroupRows, rows - row), outer,
-                                        k0, k, a);
-                    tile_a = a + in_group * kRowStride, strides = {1, kTileRows};
-                } else if (in_place<Dot>(term.a, here)) {
-                    strides.row = term.a.outer_stride;
-                    tile_a = (const Element*)term.a.data + (m + row) * strides.row + k0;
-                } else {
-                    pack_rows<Dot>(term.a, m + row, here, k0, k, a);
-                }
-                const int64_t next = row + here;
-                for (int64_t p = 0; p < panels; ++p) {
-                    prefetch_rows(term.a, m + next, std::min<int64_t>(kTileRows, rows - next), k0,
-                                  k, p, panels);
-                    for (int s = 0; s < sources; ++s) {
-                        product_of_rows<Dot>(here, tile_a, strides, panels_b[p * sources + s],
-                                             depth, block == 0, tile + s * kTileSize);
+            for (int64_t group = 0; group < rows; group += kGroupRows) {
+                const int64_t here = std::min(kGroupRows, rows - group);
+                const Rows<Dot> group_a = group_of<Dot>(term.a, m + group, here, outer, k0, k, a);
+                float* group_c =
+                    c + (blocks > 1 ? group / kRows : 0) * panels * sources * kTileSize;
+                const auto tile_c = [&](int64_t row, int64_t p) {
+                    return group_c + (row / kRows * panels + p) * sources * kTileSize;
+                };
+                for (int64_t start = 0; start < depth; start += kRun) {
+                    const int64_t run = std::min(kRun, depth - start);
+                    const bool first = block == 0 && start == 0;
+                    for (int64_t p = 0; p < panels; ++p) {
+                        for (int s = 0; s < sources; ++s) {
+                            Panel<Dot> run_b = panels_b[p * sources + s];
+                            run_b.at += start * run_b.k;
+                            for (int64_t row = 0; row < here; row += kRows)
+                                product_of_rows<Dot>(std::min(kRows, here - row),
+                                                     columns_of_panel(p),
+                                                     group_a.at + row / kRows * group_a.tile +
+                                                         start * group_a.strides.k,
+                                                     group_a.strides, run_b, run, first,
+                                                     tile_c(row, p) + s * kTileSize);
+                        }
                     }
-                    if (block == blocks - 1) {
-                        const int64_t column = (panel + p) * kPanel;
-                        sink.take(sink.context, tile, m + row, here, column,
-                                  std::min<int64_t>(kPanel, n - column));
-                    }
-                    if (tiles > 1) tile += sources * kTileSize;
                 }
+                if (block != blocks - 1) continue;
+                for (int64_t row = 0; row < here; row += kRows)
+                    for (int64_t p = 0; p < panels; ++p)
+                        sink.take(sink.context, tile_c(row, p), m + group + row,
+                                  std::min(kRows, here - row), (panel + p) * kPanel,
+                                  columns_of_panel(p));
             }
         }
     }
@@ -394,16 +448,17 @@ void gemm(const GemmTerm* terms, int count, int64_t m, int64_t n, GemmSink sink)
     int64_t row_parts = ceil_div(m, kItemRows), step = kItemPanels;
     if (work > kSerialWork) {
         while (step > 2 && row_parts * ceil_div(panels, step) < 3 * threads) step /= 2;
-        while (m / (row_parts + 1) >= 8 * kTileRows &&
+        while (m / (row_parts + 1) >= kGroupRows / 2 &&
                row_parts * ceil_div(panels, step) < 2 * threads)
             ++row_parts;
     }
-    const int64_t rows = ceil_div(ceil_div(m, row_parts), kTileRows) * kTileRows;
+    const int64_t rows = round_up(ceil_div(m, row_parts), Dot::kRows);
     row_parts = ceil_div(m, rows);
     const int64_t items = row_parts * ceil_div(panels, step);
 #pragma omp parallel for schedule(dynamic) if (items > 1 && work > kSerialWork)
     for (int64_t item = 0; item < items; ++item) {
         const int64_t m0 = item % row_parts * rows, panel = item / row_parts * step;
+        [[maybe_unused]] std::conditional_t<Dot::kMatrix, MatrixRegisters, char> registers;
         gemm_item<Dot>(terms, count, m0, std::min(rows, m - m0), m, n, panel,
                        std::min(step, panels - panel), sink);
     }

@@ -8,10 +8,16 @@
 constexpr int kTileRows = FASTATTN_NEON ? 12 : 6;
 constexpr int kTileVectors = FASTATTN_AVX512 ? 4 : 2;
 
-// A multiply-accumulate step: what one element of A and one 32-bit lane of B are.
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A multiply-accumulate step: what one element of A and one 32-bit lane of B are. Where kMatrix,
+// there are registers for whole matrices as well (amx.h), which take kDepthStep steps at a time.
 struct DotF32 {
     typedef float Element;
     static constexpr int kPair = 1;
+    static constexpr bool kMatrix = false;
+    static constexpr int kRows = kTileRows;  // of a product
+    static constexpr int kDepthStep = 1;
     FASTATTN_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
     FASTATTN_INLINE static Vec step(const float* a, Vec b, Vec c) { return splat(*a) * b + c; }
     FASTATTN_INLINE static Vec step(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -29,6 +35,9 @@ struct BF16Pair {
 struct DotBF16 {
     typedef BF16Pair Element;
     static constexpr int kPair = 2;
+    static constexpr bool kMatrix = FASTATTN_AMX;
+    static constexpr int kRows = kMatrix ? 32 : kTileRows;
+    static constexpr int kDepthStep = kMatrix ? 16 : 1;
     FASTATTN_INLINE static Vec multiply_add(Vec a, Vec b, Vec c) {
         return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
     }
