@@ -14,7 +14,9 @@ HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX") or
 HAS_NVCC = bool(shutil.which("nvcc")) or Path("/usr/local/cuda/bin/nvcc").is_file()
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 ISAS = (
-    ["neon"] if platform.machine() == "aarch64" else ["baseline", "avx2", "avx512", "avx512_bf16"]
+    ["neon"]
+    if platform.machine() == "aarch64"
+    else ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 )
 
 MODULE = """

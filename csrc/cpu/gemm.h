@@ -16,7 +16,6 @@ constexpr int kPanel = kTileVectors * kLanes;
 constexpr int kMostRows = FASTATTN_AMX ? 32 : kTileRows;  // of a tile that a sink gets
 constexpr int kTileSize = kMostRows * kPanel;
 constexpr int64_t kDepth = 512;  // of a packed block, in elements of Dot
-constexpr int64_t kRun = FASTATTN_AVX512 ? 128 : 256;
 constexpr int64_t kItemRows = 768;
 constexpr int64_t kFewRows = 16;    // of A: B is not packed for them if it can be read
 constexpr int64_t kGroupRows = 96;  // of A
@@ -245,6 +244,18 @@ Rows<Dot> group_of(const GemmOperand& a, int64_t m, int64_t rows, int64_t outer,
     return {to, {kRowStride, 1}, kRows * kRowStride};
 }
 
+// A part of rows that are read soon.
+inline void prefetch_rows(const GemmOperand& a, int64_t m, int64_t rows, int64_t k0, int64_t k,
+                          int64_t part, int64_t parts) {
+    if (a.k_stride != 1) return;
+    const int64_t size = itemsize(a.dtype), first = k * part / parts, last = k * (part + 1) / parts;
+    for (int64_t row = m; row < m + rows; ++row) {
+        const char* from = (const char*)a.data + (row * a.outer_stride + k0) * size;
+        for (int64_t byte = first * size; byte < last * size; byte += 64)
+            __builtin_prefetch(from + byte);
+    }
+}
+
 // Short runs, each summed on its own, round less than one long chain.
 template <class Dot, int kRows>
 void tile_product(const typename Dot::Element* a, PackedRows strides, Panel<Dot> b, int64_t k,
@@ -276,7 +287,7 @@ template <class Dot>
 void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_t outer, int64_t n,
                int64_t panel, int64_t panels, GemmSink sink) {
     typedef typename Dot::Element Element;
-    constexpr int64_t kRows = Dot::kRows;
+    constexpr int64_t kRows = Dot::kRows, kRun = Dot::kMatrix ? 128 : 256;
     const int sources = terms[0].b_pair.data ? 2 : 1;
     int64_t blocks = 0;
     for (int t = 0; t < count; ++t) blocks += ceil_div(terms[t].k, kDepth * Dot::kPair);
@@ -310,29 +321,39 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
                 const auto tile_c = [&](int64_t row, int64_t p) {
                     return group_c + (row / kRows * panels + p) * sources * kTileSize;
                 };
+                // The rows of A that come after this run: the group's next run or the next group.
+                const auto prefetch_next = [&](int64_t row, int64_t count, int64_t start,
+                                               int64_t part) {
+                    const bool same = start + kRun < depth;
+                    const int64_t next = group + row + (same ? 0 : kGroupRows);
+                    const int64_t at = same ? (start + kRun) * Dot::kPair : 0;
+                    prefetch_rows(term.a, m + next, std::min(count, rows - next), k0 + at,
+                                  std::min(kRun * Dot::kPair, k - at), part, panels * sources);
+                };
                 for (int64_t start = 0; start < depth; start += kRun) {
                     const int64_t run = std::min(kRun, depth - start);
                     const bool first = block == 0 && start == 0;
+                    const bool last = block == blocks - 1 && start + run == depth;
                     for (int64_t p = 0; p < panels; ++p) {
                         for (int s = 0; s < sources; ++s) {
                             Panel<Dot> run_b = panels_b[p * sources + s];
                             run_b.at += start * run_b.k;
-                            for (int64_t row = 0; row < here; row += kRows)
-                                product_of_rows<Dot>(std::min(kRows, here - row),
-                                                     columns_of_panel(p),
-                                                     group_a.at + row / kRows * group_a.tile +
-                                                         start * group_a.strides.k,
+                            for (int64_t row = 0; row < here; row += kRows) {
+                                const int64_t tile = std::min(kRows, here - row);
+                                const auto* from = group_a.at + row / kRows * group_a.tile +
+                                                   start * group_a.strides.k;
+                                prefetch_next(row, tile, start, p * sources + s);
+                                product_of_rows<Dot>(tile, columns_of_panel(p), from,
                                                      group_a.strides, run_b, run, first,
                                                      tile_c(row, p) + s * kTileSize);
+                                // At once: what it writes goes to memory under the next products.
+                                if (last && s == sources - 1)
+                                    sink.take(sink.context, tile_c(row, p), m + group + row, tile,
+                                              (panel + p) * kPanel, columns_of_panel(p));
+                            }
                         }
                     }
                 }
-                if (block != blocks - 1) continue;
-                for (int64_t row = 0; row < here; row += kRows)
-                    for (int64_t p = 0; p < panels; ++p)
-                        sink.take(sink.context, tile_c(row, p), m + group + row,
-                                  std::min(kRows, here - row), (panel + p) * kPanel,
-                                  columns_of_panel(p));
             }
         }
     }

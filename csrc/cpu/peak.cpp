@@ -9,6 +9,7 @@
 
 #include "cpu/target_begin.h"
 
+#include "cpu/amx.h"
 #include "cpu/tile.h"
 
 namespace {
@@ -47,6 +48,22 @@ double multiply_adds() {
     return double(kFlops) * kSteps * omp_get_max_threads() / seconds;
 }
 
+#if FASTATTN_AMX
+double tile_multiply_adds() {
+    constexpr int64_t kSteps = 1 << 16;
+    const double seconds = best_time([](int, int) {
+        MatrixRegisters registers;
+        for (int64_t step = 0; step < kSteps; ++step) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    });
+    return 4.0 * 2 * 16 * 16 * 32 * kSteps * omp_get_max_threads() / seconds;
+}
+#endif
+
 float sum(const float* from, int64_t count) {
     Vec sums[8] = {};
     for (int64_t n = 0; n + 8 * kLanes <= count; n += 8 * kLanes)
@@ -58,7 +75,9 @@ float sum(const float* from, int64_t count) {
 }  // namespace
 
 double peak_flops([[maybe_unused]] DType dtype) {
-#if FASTATTN_AVX512_BF16
+#if FASTATTN_AMX
+    if (dtype == DType::bfloat16) return tile_multiply_adds();
+#elif FASTATTN_AVX512_BF16
     if (dtype == DType::bfloat16) return multiply_adds<DotBF16>();
 #endif
     return multiply_adds<DotF32>();
