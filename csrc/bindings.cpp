@@ -54,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
     bind_norm(m);
     bind_cross_entropy(m);
     bind_linear_cross_entropy(m);
+    bind_rotary(m);
 
     m.attr("__version__") = FASTATTN_VERSION;
     m.attr("compiler") = kCompiler;

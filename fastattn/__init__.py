@@ -10,6 +10,7 @@ from fastattn.ops import (
     layer_norm,
     linear_cross_entropy,
     rms_norm,
+    rotary,
     softmax,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "linear_cross_entropy",
     "restore",
     "rms_norm",
+    "rotary",
     "softmax",
     "use_backend",
 ]

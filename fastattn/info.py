@@ -148,6 +148,7 @@ def _backends() -> dict[str, dict[str, Any]]:
                 "rms_norm": (fastattn.rms_norm, (x, x.new_ones(64))),
                 "cross_entropy": (fastattn.cross_entropy, (x, x[:, 0].long())),
                 "linear_cross_entropy": (fastattn.linear_cross_entropy, (x, x, x[:, 0].long())),
+                "rotary": (fastattn.rotary, (x.view(1, 1, 8, 64), x[:, :32], x[:, :32])),
             }
             for op, (function, arguments) in samples.items():
                 refusals = fastattn.explain(function, *arguments)[0].refusals

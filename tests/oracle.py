@@ -158,6 +158,25 @@ def linear_cross_entropy(x, weight, bias, targets, **kwargs):
     return cross_entropy(logits if bias is None else logits + bias, targets, **kwargs)
 
 
+def rotary(x, cos, sin, *, interleaved=False, offset=0):
+    """Rotary position embedding in the dtype of x, differentiable."""
+    batch, _, seqlen, _ = x.shape
+    offsets = offset.tolist() if isinstance(offset, Tensor) else [offset] * batch
+    tables = []
+    for table in (cos, sin):
+        own = table.expand(batch, *table.shape[-2:])
+        rows = torch.stack([own[b, start : start + seqlen] for b, start in enumerate(offsets)])
+        rows = rows.repeat_interleave(2, -1) if interleaved else torch.cat([rows, rows], -1)
+        tables.append(rows[:, None].to(x.dtype))
+    cos, sin = tables
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    else:
+        turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+    return torch.cat([x * cos + turned * sin, rest], -1)
+
+
 def check_close(name, got, exact, rounded, dtype, slack=2.0):
     """`got` is no further from `exact` (float64) than `slack` times the same formula rounded.
 

@@ -58,6 +58,7 @@ def test_info_lists_every_backend_with_its_reasons(capsys):
         "rms_norm",
         "cross_entropy",
         "linear_cross_entropy",
+        "rotary",
     ]
 
 

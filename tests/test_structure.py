@@ -11,7 +11,7 @@ from fastattn.backends import BACKENDS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastattn"
 MAX_LINES = 500
-OPS = ("attention", "softmax", "ffn", "norm", "cross_entropy", "linear_cross_entropy")
+OPS = ("attention", "softmax", "ffn", "norm", "cross_entropy", "linear_cross_entropy", "rotary")
 NAMESAKES = (
     "fastattn/ops/{}.py",
     "fastattn/backends/reference/{}.py",

@@ -45,6 +45,7 @@ void bind_ffn(py::module_& m);
 void bind_norm(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
+void bind_rotary(py::module_& m);
 
 }  // namespace fastattn
 

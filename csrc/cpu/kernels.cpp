@@ -15,6 +15,7 @@ int64_t cross_entropy_fwd(const CrossEntropyFwdArgs&);
 void cross_entropy_bwd(const CrossEntropyBwdArgs&);
 int64_t linear_cross_entropy_fwd(const LinearCrossEntropyFwdArgs&);
 void linear_cross_entropy_bwd(const LinearCrossEntropyBwdArgs&);
+int64_t rotary(const RotaryArgs&);
 double peak_flops(DType);
 double read_bandwidth(const float* from, int64_t count);
 
@@ -32,6 +33,7 @@ const Kernels kernels = {
     .cross_entropy_bwd = cross_entropy_bwd,
     .linear_cross_entropy_fwd = linear_cross_entropy_fwd,
     .linear_cross_entropy_bwd = linear_cross_entropy_bwd,
+    .rotary = rotary,
     .peak_flops = peak_flops,
     .read_bandwidth = read_bandwidth,
 };

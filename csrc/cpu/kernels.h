@@ -8,6 +8,7 @@
 #include "cpu/ffn.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/norm.h"
+#include "cpu/rotary.h"
 #include "cpu/softmax.h"
 
 namespace fastattn {
@@ -26,6 +27,7 @@ struct Kernels {
     void (*cross_entropy_bwd)(const CrossEntropyBwdArgs&);
     int64_t (*linear_cross_entropy_fwd)(const LinearCrossEntropyFwdArgs&);
     void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBwdArgs&);
+    int64_t (*rotary)(const RotaryArgs&);
     double (*peak_flops)(DType);                                 // a second, on all threads
     double (*read_bandwidth)(const float* from, int64_t count);  // bytes a second
 };

@@ -9,6 +9,7 @@ from fastattn.backends.cpu import (
     linear_cross_entropy,
     native,
     norm,
+    rotary,
     softmax,
 )
 
@@ -24,6 +25,7 @@ _OPS = {
     "rms_norm": norm,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "rotary": rotary,
 }
 
 
@@ -45,3 +47,4 @@ cross_entropy_fwd = cross_entropy.cross_entropy_fwd
 cross_entropy_bwd = cross_entropy.cross_entropy_bwd
 linear_cross_entropy_fwd = linear_cross_entropy.linear_cross_entropy_fwd
 linear_cross_entropy_bwd = linear_cross_entropy.linear_cross_entropy_bwd
+rotary_fwd, rotary_bwd = rotary.rotary_fwd, rotary.rotary_bwd

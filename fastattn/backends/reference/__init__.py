@@ -9,6 +9,7 @@ from fastattn.backends.reference import (
     ffn,
     linear_cross_entropy,
     norm,
+    rotary,
     softmax,
 )
 
@@ -28,3 +29,4 @@ cross_entropy_fwd = cross_entropy.cross_entropy_fwd
 cross_entropy_bwd = cross_entropy.cross_entropy_bwd
 linear_cross_entropy_fwd = linear_cross_entropy.linear_cross_entropy_fwd
 linear_cross_entropy_bwd = linear_cross_entropy.linear_cross_entropy_bwd
+rotary_fwd, rotary_bwd = rotary.rotary_fwd, rotary.rotary_bwd

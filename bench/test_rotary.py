@@ -1,0 +1,121 @@
+"""fastattn.rotary beside eager torch; `python bench/test_rotary.py` prints them interleaved."""
+
+import argparse
+
+import pytest
+import torch
+from interleave import medians
+
+import fastattn
+
+# (batch, heads, seqlen, head_dim)
+SHAPES = [
+    (1, 32, 1, 128),
+    (8, 32, 1, 128),
+    (1, 8, 128, 64),
+    (1, 8, 2048, 64),
+    (1, 32, 2048, 128),
+    (2, 32, 4096, 128),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["bhsd", "bshd"]  # how x lies in memory
+
+
+def rotate_half(x):
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def rotate_every_two(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def torch_halves(x, cos, sin):
+    return x * cos + rotate_half(x) * sin
+
+
+def torch_interleaved(x, cos, sin):
+    return x * cos + rotate_every_two(x) * sin
+
+
+def ours_halves(x, cos, sin):
+    return fastattn.rotary(x, cos, sin)
+
+
+def ours_interleaved(x, cos, sin):
+    return fastattn.rotary(x, cos, sin, interleaved=True)
+
+
+FORMS = {
+    "halves": {"torch": torch_halves, "fastattn": ours_halves},
+    "interleaved": {"torch": torch_interleaved, "fastattn": ours_interleaved},
+}
+
+
+def inputs(form, layout, shape, dtype):
+    """x, and for each library its cos and sin: torch's have every column twice."""
+    batch, heads, seqlen, head_dim = shape
+    x = torch.randn(shape).to(dtype)
+    if layout == "bshd":
+        x = torch.randn(batch, seqlen, heads, head_dim).to(dtype).transpose(1, 2)
+    angles = torch.arange(seqlen)[:, None] * 10000 ** -torch.linspace(0, 1, head_dim // 2)
+    ours = angles.cos().to(dtype), angles.sin().to(dtype)
+    twice = [
+        t.repeat_interleave(2, -1) if form == "interleaved" else torch.cat((t, t), -1) for t in ours
+    ]
+    return x, {"torch": twice, "fastattn": ours}
+
+
+def forward(function, x, cos, sin):
+    return lambda: function(x, cos, sin)
+
+
+def backward(function, x, cos, sin):
+    x = x.detach().requires_grad_()
+    out = function(x, cos, sin)
+    dout = torch.randn_like(x)
+    return lambda: torch.autograd.grad(out, x, dout, retain_graph=True)
+
+
+@pytest.mark.parametrize("library", ["torch", "fastattn"])
+@pytest.mark.parametrize("direction", [forward, backward], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_rotary(benchmark, form, layout, shape, dtype, direction, library):
+    benchmark.group = f"{form} {layout} {direction.__name__} {shape} {dtype}"
+    x, tables = inputs(form, layout, shape, dtype)
+    benchmark(direction(FORMS[form][library], x, *tables[library]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    print(f"{'case':58} {'torch us':>9} {'ours us':>9} {'ratio':>6} {'GB/s':>6} {'of copy':>7}")
+    for dtype in DTYPES:
+        for form, libraries in FORMS.items():
+            for layout in LAYOUTS:
+                for shape in SHAPES:
+                    x, tables = inputs(form, layout, shape, dtype)
+                    into = torch.empty_like(x)
+                    for direction in (forward, backward):
+                        rivals = {n: direction(f, x, *tables[n]) for n, f in libraries.items()}
+                        seconds = medians(
+                            # Of the same memory management: a fresh result, as ours is.
+                            rivals | {"copy": lambda: torch.empty_like(into).copy_(x)}
+                        )
+                        ours = seconds["fastattn"]
+                        rate = 2 * x.numel() * x.element_size() / ours
+                        case = f"{form} {layout} {direction.__name__} {shape} {dtype}"
+                        print(
+                            f"{case:58} {seconds['torch'] * 1e6:9.1f} {ours * 1e6:9.1f} "
+                            f"{seconds['torch'] / ours:6.2f} {rate / 1e9:6.1f} "
+                            f"{seconds['copy'] / ours:7.0%}",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()
