@@ -6,6 +6,8 @@
 // cache.
 #include "cpu/rotary.h"
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 #include "cpu/target_begin.h"
@@ -33,125 +35,180 @@ FASTATTN_INLINE void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
 #endif
 }
 
-// `count` pairs of a row, from pair i on; count is at most kLanes.
-template <class T, class Table>
-FASTATTN_INLINE void rotate_halves(const T* x, const Table* cos, const Table* sin, Vec sign, T* out,
-                                   int64_t half, int64_t i, int64_t count) {
-    const Vec a = load(x + i, count), b = load(x + half + i, count);
-    const Vec c = load(cos + i, count), s = load(sin + i, count) * sign;
-    store(out + i, a * c - b * s, count);
-    store(out + half + i, b * c + a * s, count);
+// 2 * kLanes elements, those of even and those of odd index.
+struct EvenOdd {
+    Vec even, odd;
+};
+template <class T>
+FASTATTN_INLINE EvenOdd load_even_odd(const T* p) {
+    EvenOdd v;
+    unzip(load(p), load(p + kLanes), v.even, v.odd);
+    return v;
 }
-template <class T, class Table>
-FASTATTN_INLINE void rotate_neighbours(const T* x, const Table* cos, const Table* sin, Vec sign,
-                                       T* out, int64_t i, int64_t count) {
-    Vec a, b, low, high;
-    unzip(load(x + 2 * i, 2 * count), load(x + 2 * i + kLanes, 2 * count - kLanes), a, b);
-    const Vec c = load(cos + i, count), s = load(sin + i, count) * sign;
-    zip(a * c - b * s, b * c + a * s, low, high);
-    store(out + 2 * i, low, 2 * count);
-    store(out + 2 * i + kLanes, high, 2 * count - kLanes);
+template <class T>
+FASTATTN_INLINE void store_even_odd(T* p, EvenOdd v) {
+    Vec low, high;
+    zip(v.even, v.odd, low, high);
+    store(p, low);
+    store(p + kLanes, high);
+}
+// A lane of 32 bits holds two bfloat16, each but for its position the upper half of a float.
+FASTATTN_INLINE EvenOdd load_even_odd(const BF16* p) {
+    UintVec both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return {(Vec)(both << 16), (Vec)(both & 0xffff0000u)};
+}
+FASTATTN_INLINE void store_even_odd(BF16* p, EvenOdd v) {
+#if FASTATTN_AVX512_BF16
+    const IntVec lane = lane_index();
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.odd, (__m512)v.even);
+    const UintVec both =
+        (UintVec)_mm512_permutexvar_epi16((__m512i)(lane | ((lane + kLanes) << 16)), halves);
+#else
+    const UintVec both = bf16_bits(v.even) | (bf16_bits(v.odd) << 16);
+#endif
+    __builtin_memcpy(p, &both, sizeof both);
 }
 
-template <bool kInterleaved, class T, class Table>
-FASTATTN_INLINE void rotate_row(const T* x, const Table* cos, const Table* sin, Vec sign, T* out,
-                                int64_t half) {
-    const auto pairs = [=](int64_t i, int64_t count) {
-        if constexpr (kInterleaved)
-            rotate_neighbours(x, cos, sin, sign, out, i, count);
-        else
-            rotate_halves(x, cos, sin, sign, out, half, i, count);
-    };
+struct Pair {
+    Vec a, b;
+};
+template <bool kInverse>
+FASTATTN_INLINE Pair rotate(Vec a, Vec b, Vec c, Vec s) {
+    if constexpr (kInverse) return {a * c + b * s, b * c - a * s};
+    return {a * c - b * s, b * c + a * s};
+}
+
+// A row's pairs (i, i + half).
+template <bool kInverse, class T, class Table>
+FASTATTN_INLINE void rotate_halves(const T* x, const Table* cos, const Table* sin, T* out,
+                                   int64_t half) {
     int64_t i = 0;
-    for (; i + kLanes <= half; i += kLanes) pairs(i, kLanes);
-    if (i < half) pairs(i, half - i);
+    if constexpr (std::is_same_v<T, BF16>) {
+        for (; i + 2 * kLanes <= half; i += 2 * kLanes) {
+            const EvenOdd a = load_even_odd(x + i), b = load_even_odd(x + half + i);
+            const EvenOdd c = load_even_odd(cos + i), s = load_even_odd(sin + i);
+            const Pair even = rotate<kInverse>(a.even, b.even, c.even, s.even);
+            const Pair odd = rotate<kInverse>(a.odd, b.odd, c.odd, s.odd);
+            store_even_odd(out + i, {even.a, odd.a});
+            store_even_odd(out + half + i, {even.b, odd.b});
+        }
+    }
+    for (; i + kLanes <= half; i += kLanes) {
+        const Pair pair =
+            rotate<kInverse>(load(x + i), load(x + half + i), load(cos + i), load(sin + i));
+        store(out + i, pair.a);
+        store(out + half + i, pair.b);
+    }
+    if (const int64_t n = half - i) {
+        const Pair pair = rotate<kInverse>(load(x + i, n), load(x + half + i, n), load(cos + i, n),
+                                           load(sin + i, n));
+        store(out + i, pair.a, n);
+        store(out + half + i, pair.b, n);
+    }
 }
 
-template <bool kInterleaved, class T, class Table>
+// A row's pairs (2 i, 2 i + 1).
+template <bool kInverse, class T, class Table>
+FASTATTN_INLINE void rotate_neighbours(const T* x, const Table* cos, const Table* sin, T* out,
+                                       int64_t half) {
+    int64_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const EvenOdd v = load_even_odd(x + 2 * i);
+        const Pair pair = rotate<kInverse>(v.even, v.odd, load(cos + i), load(sin + i));
+        store_even_odd(out + 2 * i, {pair.a, pair.b});
+    }
+    if (const int64_t n = half - i) {
+        EvenOdd v;
+        unzip(load(x + 2 * i, 2 * n), load(x + 2 * i + kLanes, 2 * n - kLanes), v.even, v.odd);
+        const Pair pair = rotate<kInverse>(v.even, v.odd, load(cos + i, n), load(sin + i, n));
+        Vec low, high;
+        zip(pair.a, pair.b, low, high);
+        store(out + 2 * i, low, 2 * n);
+        store(out + 2 * i + kLanes, high, 2 * n - kLanes);
+    }
+}
+
+// One of the dims heads and seqlen, in blocks of `step`, with the strides along it.
+struct Dim {
+    int64_t size, x, out, cos, sin;
+    int64_t step = 1;
+
+    int64_t blocks() const { return (size + step - 1) / step; }
+    int64_t end(int64_t begin) const { return std::min(begin + step, size); }
+};
+
+template <bool kInterleaved, bool kInverse, class T, class Table>
 struct Rotary {
     const RotaryArgs& args;
 
-    const Table* row(const RotaryTable& table, int64_t batch, int64_t token) const {
+    // A block of heads and tokens of one sequence; `inner` and `outer` are those dims.
+    void block(int64_t batch, const Dim& outer, int64_t o, const Dim& inner, int64_t i) const {
         const int64_t offset = args.offsets ? args.offsets[batch] : args.offset;
-        return static_cast<const Table*>(table.data) + batch * table.batch_stride +
-               (offset + token) * table.row_stride;
-    }
-
-    FASTATTN_INLINE void one(int64_t batch, int64_t head, int64_t token, Vec sign) const {
-        const RotaryStrides &xs = args.x_strides, &os = args.out_strides;
-        const T* x =
-            static_cast<const T*>(args.x) + batch * xs.batch + head * xs.heads + token * xs.seqlen;
-        T* out = static_cast<T*>(args.out) + batch * os.batch + head * os.heads + token * os.seqlen;
-        const int64_t rotary_dim = args.shape.rotary_dim;
-        rotate_row<kInterleaved>(x, row(args.cos, batch, token), row(args.sin, batch, token), sign,
-                                 out, rotary_dim / 2);
-        std::copy(x + rotary_dim, x + args.shape.head_dim, out + rotary_dim);
-    }
-};
-
-struct Range {
-    int64_t begin, end;
-};
-
-// The blocks of one dim, of `step` each.
-struct Blocks {
-    int64_t size, step;
-
-    int64_t count() const { return (size + step - 1) / step; }
-    Range operator[](int64_t index) const {
-        return {index * step, std::min((index + 1) * step, size)};
-    }
-};
-
-// As many of `size` as make up `elements`, of which one takes `each`.
-Blocks blocks_of(int64_t size, int64_t elements, int64_t each) {
-    return {size, std::clamp<int64_t>(elements / each, 1, size)};
-}
-
-template <bool kInterleaved, class T, class Table>
-void rotary_of(const RotaryArgs& args) {
-    const RotaryShape& s = args.shape;
-    const Rotary<kInterleaved, T, Table> rotary{args};
-    const bool heads_first = args.x_strides.heads < args.x_strides.seqlen;
-    const int64_t inner_size = heads_first ? s.heads : s.seqlen;
-    const int64_t outer_size = heads_first ? s.seqlen : s.heads;
-    const Blocks inner = blocks_of(inner_size, kTaskElements, s.head_dim);
-    const Blocks outer = blocks_of(outer_size, kTaskElements, s.head_dim * inner.step);
-    const Blocks batches = blocks_of(s.batch, kTaskElements, s.head_dim * inner.step * outer.step);
-    const Vec sign = splat(args.inverse ? -1.0f : 1.0f);
-    const int64_t tasks = batches.count() * outer.count() * inner.count();
-#pragma omp parallel for schedule(dynamic) if (tasks > 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-        // Neighbouring tasks of (batch, heads, seqlen) take the same rows of cos and sin.
-        const int64_t faster = heads_first ? inner.count() : outer.count();
-        const int64_t a = task % faster, rest = task / faster;
-        const int64_t slower = heads_first ? outer.count() : inner.count();
-        const int64_t b = rest % slower;
-        const Range heads = (heads_first ? inner : outer)[a];
-        const Range tokens = (heads_first ? outer : inner)[b];
-        const Range sequences = batches[rest / slower];
-        for (int64_t batch = sequences.begin; batch < sequences.end; ++batch) {
-            if (heads_first) {
-                for (int64_t token = tokens.begin; token < tokens.end; ++token)
-                    for (int64_t head = heads.begin; head < heads.end; ++head)
-                        rotary.one(batch, head, token, sign);
-            } else {
-                for (int64_t head = heads.begin; head < heads.end; ++head)
-                    for (int64_t token = tokens.begin; token < tokens.end; ++token)
-                        rotary.one(batch, head, token, sign);
+        const int64_t head_dim = args.shape.head_dim, rotary_dim = args.shape.rotary_dim;
+        const T* x = static_cast<const T*>(args.x) + batch * args.x_strides.batch;
+        T* out = static_cast<T*>(args.out) + batch * args.out_strides.batch;
+        const Table *cos = table(args.cos, batch, offset), *sin = table(args.sin, batch, offset);
+        for (const int64_t o_end = outer.end(o), begin = i; o < o_end; ++o) {
+            for (i = begin; i < inner.end(begin); ++i) {
+                const T* from = x + o * outer.x + i * inner.x;
+                T* to = out + o * outer.out + i * inner.out;
+                const Table* c = cos + o * outer.cos + i * inner.cos;
+                const Table* s = sin + o * outer.sin + i * inner.sin;
+                if constexpr (kInterleaved)
+                    rotate_neighbours<kInverse>(from, c, s, to, rotary_dim / 2);
+                else
+                    rotate_halves<kInverse>(from, c, s, to, rotary_dim / 2);
+                if (rotary_dim < head_dim)
+                    std::copy(from + rotary_dim, from + head_dim, to + rotary_dim);
             }
         }
     }
-}
 
-template <class T, class Table>
+    static const Table* table(const RotaryTable& table, int64_t batch, int64_t row) {
+        return static_cast<const Table*>(table.data) + batch * table.batch_stride +
+               row * table.row_stride;
+    }
+
+    void run() const {
+        const RotaryShape& s = args.shape;
+        const RotaryStrides &x = args.x_strides, &out = args.out_strides;
+        Dim heads{s.heads, x.heads, out.heads, 0, 0};
+        Dim tokens{s.seqlen, x.seqlen, out.seqlen, args.cos.row_stride, args.sin.row_stride};
+        const bool heads_inside = x.heads < x.seqlen;
+        Dim &inner = heads_inside ? heads : tokens, &outer = heads_inside ? tokens : heads;
+        const int64_t rows = std::max<int64_t>(kTaskElements / s.head_dim, 1);
+        inner.step = std::min(rows, inner.size);
+        outer.step = std::clamp<int64_t>(rows / inner.step, 1, outer.size);
+        const int64_t sequences = std::clamp<int64_t>(rows / (inner.step * outer.step), 1, s.batch);
+        const int64_t blocks = heads.blocks() * tokens.blocks();
+        const int64_t tasks = (s.batch + sequences - 1) / sequences * blocks;
+#pragma omp parallel for schedule(dynamic) if (tasks > 1)
+        for (int64_t task = 0; task < tasks; ++task) {
+            // The heads of a block of tokens follow one another: they take the same cos and sin.
+            const int64_t head = task % heads.blocks() * heads.step;
+            const int64_t token = task / heads.blocks() % tokens.blocks() * tokens.step;
+            const int64_t first = task / blocks * sequences;
+            for (int64_t batch = first; batch < std::min(first + sequences, s.batch); ++batch) {
+                block(batch, outer, heads_inside ? token : head, inner,
+                      heads_inside ? head : token);
+            }
+        }
+    }
+};
+
+template <bool kInterleaved, class T, class Table>
 void rotary_of(const RotaryArgs& args) {
-    return args.interleaved ? rotary_of<true, T, Table>(args) : rotary_of<false, T, Table>(args);
+    if (args.inverse) return Rotary<kInterleaved, true, T, Table>{args}.run();
+    Rotary<kInterleaved, false, T, Table>{args}.run();
 }
 
 template <class T>
 void rotary_of(const RotaryArgs& args) {
-    return args.table_dtype == DType::float32 ? rotary_of<T, float>(args) : rotary_of<T, T>(args);
+    const bool wide = args.table_dtype == DType::float32;
+    if (args.interleaved)
+        return wide ? rotary_of<true, T, float>(args) : rotary_of<true, T, T>(args);
+    wide ? rotary_of<false, T, float>(args) : rotary_of<false, T, T>(args);
 }
 
 // The first sequence whose tokens have no rows of cos and sin, or -1.

@@ -97,14 +97,18 @@ FASTATTN_INLINE float reduce_max(Vec v) {
 FASTATTN_INLINE Vec widen(BF16, HalfVec h) {
     return (Vec)(__builtin_convertvector(h, UintVec) << 16);
 }
+// The 16 bits of the nearest bfloat16, in each lane.
+FASTATTN_INLINE UintVec bf16_bits(Vec v) {
+    UintVec bits = (UintVec)v;
+    UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    UintVec is_nan = (UintVec)(v != v);
+    return (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded);
+}
 FASTATTN_INLINE HalfVec narrow(BF16, Vec v) {
 #if FASTATTN_AVX512_BF16
     return (HalfVec)_mm512_cvtneps_pbh((__m512)v);
 #else
-    UintVec bits = (UintVec)v;
-    UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    UintVec is_nan = (UintVec)(v != v);
-    return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded), HalfVec);
+    return __builtin_convertvector(bf16_bits(v), HalfVec);
 #endif
 }
 FASTATTN_INLINE Vec widen(F16, HalfVec h) {

@@ -21,14 +21,14 @@ def rotary_bwd(problem, t, offset, dx) -> int:
 def _rotate(problem, t, offset, inverse, out) -> int:
     x, cos, sin = map(native.unit_last_stride, t[:3])
     offsets = native.contiguous(t.offsets)
-    batch = (0,) * (not problem.table_batch)
+    shared = () if problem.table_batch else (0,)
     return native._C.rotary(
         native.DTYPES[problem.dtype],
         native.DTYPES[problem.table],
         problem[3:9],
         (x.data_ptr(), x.stride()),
-        (cos.data_ptr(), batch + cos.stride()),
-        (sin.data_ptr(), batch + sin.stride()),
+        (cos.data_ptr(), shared + cos.stride()),
+        (sin.data_ptr(), shared + sin.stride()),
         offset,
         native.pointer(offsets),
         problem.interleaved,
