@@ -88,8 +88,8 @@ def rotary(
             are read on the CPU only).
         fastattn.BackendError: a forced backend cannot run the call.
     """
-    for name, value in (("x", x), ("cos", cos), ("sin", sin)):
-        if not isinstance(value, Tensor):
+    if not (isinstance(x, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        for name, value in (("x", x), ("cos", cos), ("sin", sin)):
             common.check_tensor(name, value)
     if cos.requires_grad or sin.requires_grad:
         name = "cos" if cos.requires_grad else "sin"

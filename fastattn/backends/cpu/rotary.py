@@ -1,11 +1,22 @@
 """Rotary position embedding on the native kernels."""
 
+from torch import Tensor
+
 from fastattn.backends.cpu import native
 
 
 def unsupported(problem) -> list[str]:
     """Why the kernels cannot run `problem`: they run every one of a known dtype."""
     return []
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The tensor, copied unless its last stride is 1, and its strides."""
+    strides = tensor.stride()
+    if strides[-1] == 1 or tensor.shape[-1] <= 1:
+        return tensor, strides
+    tensor = tensor.contiguous()
+    return tensor, tensor.stride()
 
 
 def rotary_fwd(problem, t, offset, out) -> int:
@@ -19,16 +30,17 @@ def rotary_bwd(problem, t, offset, dx) -> int:
 
 
 def _rotate(problem, t, offset, inverse, out) -> int:
-    x, cos, sin = map(native.unit_last_stride, t[:3])
+    (x, x_strides), (cos, cos_strides), (sin, sin_strides) = map(_rows, t[:3])
+    if not problem.table_batch:
+        cos_strides, sin_strides = (0, *cos_strides), (0, *sin_strides)
     offsets = native.contiguous(t.offsets)
-    shared = () if problem.table_batch else (0,)
     return native._C.rotary(
         native.DTYPES[problem.dtype],
         native.DTYPES[problem.table],
         problem[3:9],
-        (x.data_ptr(), x.stride()),
-        (cos.data_ptr(), shared + cos.stride()),
-        (sin.data_ptr(), shared + sin.stride()),
+        (x.data_ptr(), x_strides),
+        (cos.data_ptr(), cos_strides),
+        (sin.data_ptr(), sin_strides),
         offset,
         native.pointer(offsets),
         problem.interleaved,
