@@ -65,6 +65,11 @@ inline void multiply_tiles(const BF16Pair* a, int64_t a_row, const BF16Pair* b, 
 class MatrixRegisters {};
 #endif
 
+// What a thread holds while it multiplies with Dot.
+struct NoRegisters {};
+template <class Dot>
+using Registers = std::conditional_t<Dot::kMatrix, MatrixRegisters, NoRegisters>;
+
 // C (rows, columns) = or += A (rows, k) B (k, columns), where Dot::kMatrix; k is a multiple of 16.
 // Whole tiles of 16 by 16 are read and written: A, B and C have them.
 template <class Dot>
@@ -74,18 +79,20 @@ void matrix_product([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t colu
                     [[maybe_unused]] int64_t k, [[maybe_unused]] float* c,
                     [[maybe_unused]] int64_t c_row, [[maybe_unused]] bool accumulate) {
 #if FASTATTN_AMX
-    // The compiler does not know that tile loads read memory.
-    asm volatile("" ::: "memory");
-    for (int64_t n = 0; n < columns; n += 32) {
-        const bool wide = columns - n > 16;
-        for (int64_t m = 0; m < rows; m += 32) {
-            const auto multiply =
-                rows - m > kMatrixRows
-                    ? (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)
-                    : (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>);
-            multiply(a + m * a_row, a_row, b + n, b_k, k, c + m * c_row + n, c_row, accumulate);
+    if constexpr (Dot::kMatrix) {
+        // The compiler does not know that tile loads read memory.
+        asm volatile("" ::: "memory");
+        for (int64_t n = 0; n < columns; n += 32) {
+            const bool wide = columns - n > 16;
+            for (int64_t m = 0; m < rows; m += 32) {
+                const bool tall = rows - m > kMatrixRows;
+                const auto multiply =
+                    tall ? (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)
+                         : (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+                multiply(a + m * a_row, a_row, b + n, b_k, k, c + m * c_row + n, c_row, accumulate);
+            }
         }
+        asm volatile("" ::: "memory");
     }
-    asm volatile("" ::: "memory");
 #endif
 }

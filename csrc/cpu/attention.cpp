@@ -21,10 +21,9 @@
 
 namespace {
 
-constexpr int kBlockN = 256;
-constexpr int kTaskRows = 288;
-constexpr int kFewRows = 4;    // up to these, K is read as it lies: packing it would cost more
-constexpr int64_t kAhead = 8;  // keys that are fetched ahead of their use
+// Packing K and V costs a larger share where products are faster.
+template <class Dot>
+constexpr int kTaskRows = Dot::kMatrix ? 768 : 288;
 constexpr int64_t kSplitKeys = 512;  // fewest keys of a part when keys are split
 
 // One row of a task.
@@ -33,106 +32,27 @@ struct Row {
     KeyRange keys;
 };
 
-// scores[m][panel] = Q[m] . K^T for the tile's rows.
-template <class Dot, int kRows>
-void score_tile(const typename Dot::Element* q, const typename Dot::Element* k, int64_t depth,
-                float* scores) {
-    Vec acc[kRows][kTileVectors];
-    for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
-    tile<Dot, kRows, kTileVectors>(q, depth, 1, k, kPanel, depth, acc);
-    for_each_vector<kRows, kTileVectors>(
-        [&](int m, int n) { store(scores + m * kBlockN + n * kLanes, acc[m][n]); });
-}
-
-// scores[m][j] = Q[m] . K[j] without packing K: sums along head_dim, kLanes keys at a time.
-template <class Dot, int kRows, class T>
-void score_rows(const typename Dot::Element* q, const T* k, int64_t stride, int64_t head_dim,
-                int64_t depth, int64_t keys, float* scores) {
-    const int64_t whole = head_dim / Dot::kPair / kLanes * kLanes;
-    for (int64_t j = 0; j < keys; j += kLanes) {
-        Vec partial[kRows][kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-            const T* row = k + std::min(j + i, keys - 1) * stride;
-            Vec acc[kRows];
-            for_each_vector<kRows, 1>([&](int m, int) { acc[m] = Vec{}; });
-            for (int64_t n = 0; n < whole; n += kLanes) {
-                __builtin_prefetch(row + n * Dot::kPair + kAhead * stride);
-                const Vec x = Dot::load_row(row + n * Dot::kPair, kLanes * Dot::kPair);
-                for_each_vector<kRows, 1>([&](int m, int) {
-                    acc[m] = Dot::step(load((const float*)(q + m * depth + n)), x, acc[m]);
-                });
-            }
-            if (whole < depth) {
-                const Vec x =
-                    Dot::load_row(row + whole * Dot::kPair, head_dim - whole * Dot::kPair);
-                for_each_vector<kRows, 1>([&](int m, int) {
-                    const Vec tail = load((const float*)(q + m * depth + whole), depth - whole);
-                    acc[m] = Dot::step(tail, x, acc[m]);
-                });
-            }
-            for_each_vector<kRows, 1>([&](int m, int) { partial[m][i] = acc[m]; });
-        }
-        for (int m = 0; m < kRows; ++m) store(scores + m * kBlockN + j, sums(partial[m]));
-    }
-}
-
-// acc[m] = acc[m] * correction[m] + P[m] V for one panel of columns.
-template <class Dot, int kRows, int kVectors>
-void value_tile(const typename Dot::Element* p, int64_t p_stride, const typename Dot::Element* v,
-                int64_t v_stride, int64_t keys, const float* correction, float* out,
-                int64_t out_stride) {
-    Vec acc[kRows][kVectors];
-    for_each_vector<kRows, kVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
-    tile<Dot, kRows, kVectors>(p, p_stride, 1, v, v_stride, keys, acc);
-    // Added at the end: a block's sum rounds less than a chain through all blocks.
-    for_each_vector<kRows, kVectors>([&](int m, int n) {
-        float* to = out + m * out_stride + n * kLanes;
-        store(to, load(to) * correction[m] + acc[m][n]);
-    });
-}
-
-// Calls f with the smallest row count of a tile that holds `rows`.
-template <class F>
-void with_rows(int64_t rows, F f) {
-    if (rows > 6 && kTileRows > 6) return f(std::integral_constant<int, kTileRows>{});
-    if (rows > 4) return f(std::integral_constant<int, 6>{});
-    if (rows > 2) return f(std::integral_constant<int, 4>{});
-    if (rows > 1) return f(std::integral_constant<int, 2>{});
-    f(std::integral_constant<int, 1>{});
-}
-
-// Calls f with the number of vectors of the next tile of columns, so that none is much narrower
-// than the others.
-template <class F>
-void with_vectors(int64_t vectors, F f) {
-    if constexpr (kTileVectors == 4) {
-        if (vectors == 4 || vectors > 6) return f(std::integral_constant<int, 4>{});
-        if (vectors > 2) return f(std::integral_constant<int, 3>{});
-    }
-    if (vectors > 1) return f(std::integral_constant<int, 2>{});
-    f(std::integral_constant<int, 1>{});
-}
-
 template <class T, class Dot>
 class Task {
     typedef Operand<T, Dot> Ops;
     typedef typename Dot::Element Element;
-    static constexpr int kPair = Dot::kPair;
+    static constexpr int kPair = Dot::kPair, kTileRows = Dot::kRows;
+    static constexpr int kMostRows = kTaskRows<Dot> + kTileRows;
 
   public:
     explicit Task(const AttentionFwdArgs& args)
         : call(args),
           a(args),
           features(has_features(args)),
-          depth(round_up(args.head_dim, kPair) / kPair),
+          depth(round_up(args.head_dim, kPair * Dot::kDepthStep) / kPair),
           width(round_up(args.head_dim_v, kLanes)),
           log2_scale(features ? 1.0f : args.softmax_scale * kLog2E) {
         const bool in_place = kPair == 1 && sizeof(T) == 4 && width == a.head_dim_v;
         values_packed = !in_place;
-        q = scratch<Element>((kTaskRows + kTileRows) * depth + kLanes, 0);
+        q = scratch<Element>(kMostRows * depth + kLanes, 0);
         keys = scratch<Element>(kBlockN * depth, 1);
         values = values_packed ? scratch<Element>(kBlockN / kPair * width, 2) : nullptr;
-        acc = scratch<float>((kTaskRows + kTileRows) * width, 3);
+        acc = scratch<float>(kMostRows * width, 3);
         if (a.block_table) {
             gathered_k = scratch<T>(kBlockN * a.head_dim, 6);
             gathered_v = scratch<T>(kBlockN * a.head_dim_v + kLanes, 7);
@@ -237,7 +157,7 @@ class Task {
                 seen.end = std::max(seen.end, std::min(keys_of_row.end - j, size));
             }
             if (seen.begin >= seen.end) continue;
-            with_rows(rows, [&](auto tile_rows) {
+            with_rows<Dot>(rows, few, [&](auto tile_rows) {
                 tile_of_rows<decltype(tile_rows)::value>(b, r, rows, j, seen, v_rows, v_stride);
             });
         }
@@ -278,22 +198,31 @@ class Task {
                                        a.head_dim, depth, seen.end - left, scores + left);
             }
         }
-        if (!few)
-            for (int64_t n = left; n < right; n += kPanel)
+        const bool matrix = Dot::kMatrix && !few;
+        for (int64_t n = left; n < right && !few; n += kPanel) {
+            if (matrix)
+                matrix_product<Dot>(kRows, std::min<int64_t>(kPanel, seen.end - n), q + r * depth,
+                                    depth, keys + n * depth, kPanel, depth, scores + n, kBlockN,
+                                    false);
+            else
                 score_tile<Dot, kRows>(q + r * depth, keys + n * depth, depth, scores + n);
-        softmax_rows<kRows>(b, r, rows, j, left, right, scores, correction);
-        if constexpr (kPair == 1) {
-            multiply_values<kRows>(scores + seen.begin, kBlockN, v_rows + seen.begin * v_stride,
-                                   v_stride, seen.end - seen.begin, correction, r);
-        } else {
-            alignas(64) Element weights[kRows * kBlockN / kPair];
-            for (int m = 0; m < kRows; ++m)
-                for (int64_t n = left; n < right; n += kLanes)
-                    store((T*)weights + m * kBlockN + n, load(scores + m * kBlockN + n));
-            const int64_t from = seen.begin / kPair;
-            multiply_values<kRows>(weights + from, kBlockN / kPair, v_rows + from * v_stride,
-                                   v_stride, (seen.end + kPair - 1) / kPair - from, correction, r);
         }
+        softmax_rows<kRows>(b, r, rows, j, left, right, scores, correction);
+        const auto* weights = (const Element*)scores;
+        if (!matrix) {
+            const int64_t from = seen.begin / kPair, to = (seen.end + kPair - 1) / kPair;
+            multiply_values<kRows>(weights + from, kBlockN, v_rows + from * v_stride, v_stride,
+                                   to - from, correction, r);
+            return;
+        }
+        for (int64_t m = 0; m < rows; ++m) {
+            if (correction[m] == 1.0f) continue;
+            float* to = acc + (r + m) * width;
+            for (int64_t n = 0; n < width; n += kLanes) store(to + n, load(to + n) * correction[m]);
+        }
+        const int64_t from = left / kPair, to = round_up(seen.end, kPair * Dot::kDepthStep) / kPair;
+        matrix_product<Dot>(kRows, width, weights + from, kBlockN, v_rows + from * v_stride,
+                            v_stride, to - from, acc + r * width, width, true);
     }
 
     template <int kRows>
@@ -307,21 +236,25 @@ class Task {
             });
     }
 
-    // Scores of keys [j + left, j + right) become weights relative to the new row maxima, and
-    // `correction` the factors that bring earlier results to them. All rows take a step before any
-    // takes the next: what a row waits for, the others hide.
+    // Scores of keys [j + left, j + right) become weights relative to the new row maxima, in T
+    // where Dot multiplies that, and `correction` the factors that bring earlier results to them.
+    // All rows take a step before any takes the next: what a row waits for, the others hide.
     template <int kRows>
     void softmax_rows(int64_t b, int64_t r, int64_t rows, int64_t j, int64_t left, int64_t right,
                       float* scores, float* correction) {
         constexpr int kPadded = round_up(kRows, kLanes);
-        alignas(64) float largest[kPadded], shift[kPadded];
-        for (int m = 0; m < kPadded; ++m)
-            largest[m] = m < rows ? visible_maximum(b, r + m, j, left, right, scores + m * kBlockN)
-                                  : -INFINITY;
+        alignas(64) float shift[kPadded];
+        Vec row_wise[kPadded / kLanes][kLanes] = {};  // of each row, lane by lane
+        for (int m = 0; m < kRows && m < rows; ++m)
+            row_wise[m / kLanes][m % kLanes] =
+                visible_maximum(b, r + m, j, left, right, scores + m * kBlockN);
         // Lanes beyond the tile's rows keep what is theirs.
         for (int m = 0; m < kPadded; m += kLanes) {
             const Vec old = load(row_max + r + m);
-            const Vec fresh = max(load(largest + m) * log2_scale, old);
+            const Vec in_tile = (Vec)(lane_index() < int32_t(rows - m));
+            const Vec largest =
+                select((IntVec)in_tile, maxima(row_wise[m / kLanes]) * log2_scale, old);
+            const Vec fresh = max(largest, old);
             const Vec safe = select(fresh == splat(-INFINITY), Vec{}, fresh);
             const Vec factor = exp2(old - safe);
             store(row_max + r + m, fresh);
@@ -329,39 +262,49 @@ class Task {
             store(shift + m, -safe);
             store(correction + m, factor);
         }
-        for (int m = 0; m < rows; ++m) {
+        for (auto& group : row_wise) std::fill(group, group + kLanes, Vec{});
+        for (int m = 0; m < kRows && m < rows; ++m) {
             float* weights = scores + m * kBlockN;
             const Vec by = splat(shift[m]);
             Vec sum = {};
             for (int64_t n = left; n < right; n += kLanes) {
                 const Vec p = exp2(load(weights + n) * log2_scale + by);
                 sum = sum + p;
-                store(weights + n, p);
+                if (kPair == 1 || a.dropout.threshold)
+                    store(weights + n, p);
+                else
+                    store((T*)weights + n, p);
             }
-            row_sum[r + m] += reduce_add(sum);
-            if (a.dropout.threshold)
-                apply_dropout(a, b, row[r + m].h, row[r + m].i, j + left, right - left,
-                              weights + left);
+            row_wise[m / kLanes][m % kLanes] = sum;
+            if (!a.dropout.threshold) continue;
+            apply_dropout(a, b, row[r + m].h, row[r + m].i, j + left, right - left, weights + left);
+            for (int64_t n = left; kPair == 2 && n < right; n += kLanes)
+                store((T*)weights + n, load(weights + n));
         }
-        for (int m = rows; m < kRows; ++m)
-            std::memset(scores + m * kBlockN + left, 0, (right - left) * sizeof(float));
+        for (int m = 0; m < kPadded; m += kLanes)
+            store(row_sum + r + m, load(row_sum + r + m) + sums(row_wise[m / kLanes]));
+        for (int m = rows; m < kRows; ++m) std::memset(scores + m * kBlockN, 0, right * 4);
     }
 
     // Applies the features to one row's scores, hides what the row does not see, and returns the
-    // largest of the rest.
-    float visible_maximum(int64_t b, int64_t r, int64_t j, int64_t left, int64_t right,
-                          float* scores) {
+    // largest of the rest, lane by lane.
+    Vec visible_maximum(int64_t b, int64_t r, int64_t j, int64_t left, int64_t right,
+                        float* scores) {
         const Row& one = row[r];
         if (features)
             apply_features(a, b, one.h, one.i, j + left,
                            std::min(right - left, a.seqlen_k - j - left), scores + left, nullptr);
         const int64_t begin = std::clamp(one.keys.begin - j, left, right);
         const int64_t end = std::clamp(one.keys.end - j, begin, right);
-        std::fill(scores + left, scores + begin, -INFINITY);
-        std::fill(scores + end, scores + right, -INFINITY);
-        Vec largest = splat(-INFINITY);
-        for (int64_t n = left; n < right; n += kLanes) largest = max(load(scores + n), largest);
-        return reduce_max(largest);
+        if (begin > left) std::fill(scores + left, scores + begin, -INFINITY);
+        if (end < right) std::fill(scores + end, scores + right, -INFINITY);
+        // Panels are a multiple of two vectors.
+        Vec even = splat(-INFINITY), odd = even;
+        for (int64_t n = left; n < right; n += 2 * kLanes) {
+            even = max(load(scores + n), even);
+            odd = max(load(scores + n + kLanes), odd);
+        }
+        return max(even, odd);
     }
 
     void finish(int64_t b, int64_t r) {
@@ -377,6 +320,7 @@ class Task {
                 sum == 0.0f ? -INFINITY : row_max[r] * kLn2 + std::log(sum);
     }
 
+    [[no_unique_address]] Registers<Dot> registers;
     const AttentionFwdArgs& call;
     AttentionFwdArgs a;  // of the task's sequence
     const bool features;
@@ -386,9 +330,9 @@ class Task {
     T *gathered_k = nullptr, *gathered_v = nullptr;
     bool few = false, values_packed;
     Element *q, *keys, *values;
-    float* acc;  // (kTaskRows, width)
-    Row row[kTaskRows + kTileRows];
-    float row_max[kTaskRows + kTileRows + kLanes], row_sum[kTaskRows + kTileRows + kLanes];
+    float* acc;  // (kMostRows, width)
+    Row row[kMostRows];
+    float row_max[kMostRows + kLanes], row_sum[kMostRows + kLanes];
 };
 
 // Rows of one key/value head of sequence b: its queries in each head of the group.
@@ -404,10 +348,11 @@ void forward(const AttentionFwdArgs& a) {
     const int64_t heads = a.batch * a.heads_kv;
     const int threads = omp_get_max_threads();
     // Smaller tasks where there would be too few for balance, but no smaller than two tiles.
-    int64_t task_rows = kTaskRows;
-    while (task_rows > 4 * kTileRows &&
+    constexpr int64_t kStep = Dot::kMatrix ? Dot::kRows : 2 * kTileRows;
+    int64_t task_rows = kTaskRows<Dot>;
+    while (task_rows > 2 * kStep &&
            heads * ((group_rows + task_rows - 1) / task_rows) < 4 * threads)
-        task_rows -= 2 * kTileRows;
+        task_rows -= kStep;
     const int64_t blocks = (group_rows + task_rows - 1) / task_rows;
     const int64_t tasks = heads * blocks;
     int64_t parts = 1;

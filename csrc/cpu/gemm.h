@@ -55,8 +55,6 @@ struct GemmSink {
           }) {}
 };
 
-inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 // Calls f with a null pointer to the storage type.
 template <class F>
 void with_storage(DType dtype, F f) {
@@ -479,7 +477,7 @@ void gemm(const GemmTerm* terms, int count, int64_t m, int64_t n, GemmSink sink)
 #pragma omp parallel for schedule(dynamic) if (items > 1 && work > kSerialWork)
     for (int64_t item = 0; item < items; ++item) {
         const int64_t m0 = item % row_parts * rows, panel = item / row_parts * step;
-        [[maybe_unused]] std::conditional_t<Dot::kMatrix, MatrixRegisters, char> registers;
+        [[maybe_unused]] Registers<Dot> registers;
         gemm_item<Dot>(terms, count, m0, std::min(rows, m - m0), m, n, panel,
                        std::min(step, panels - panel), sink);
     }

@@ -8,6 +8,7 @@
 constexpr int kTileRows = FASTATTN_NEON ? 12 : 6;
 constexpr int kTileVectors = FASTATTN_AVX512 ? 4 : 2;
 
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A multiply-accumulate step: what one element of A and one 32-bit lane of B are. Where kMatrix,
@@ -109,19 +110,23 @@ FASTATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
     }
 }
 
-// The sum of each of kLanes vectors, in the lane of its index: transpose, adding on the way.
-FASTATTN_INLINE Vec sums(Vec (&rows)[kLanes]) {
+// The sum, or the maximum, of each of kLanes vectors, in the lane of its index: transpose,
+// combining on the way.
+template <bool kSum>
+FASTATTN_INLINE Vec reductions(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 4
     for (int half = kLanes / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; ++i) {
             Vec low, high;
             zip(rows[i], rows[i + half], low, high);
-            rows[i] = low + high;
+            rows[i] = kSum ? low + high : max(low, high);
         }
     }
     return rows[0];
 }
+FASTATTN_INLINE Vec sums(Vec (&rows)[kLanes]) { return reductions<true>(rows); }
+FASTATTN_INLINE Vec maxima(Vec (&rows)[kLanes]) { return reductions<false>(rows); }
 
 // Packs the transpose of a row-major matrix for `tile`: element (row, column) goes to
 // packed[column * width + row]; the rows from `rows` up to `width` (a multiple of kLanes) are 0,
