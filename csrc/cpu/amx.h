@@ -12,12 +12,15 @@ constexpr int64_t kMatrixRows = 16;  // of one register
 class MatrixRegisters {
   public:
     MatrixRegisters() {
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } const layout;
-        _tile_loadconfig(&layout);
+        // Static: the compiler does not know that all of it is read.
+        struct Layout {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        };
+        alignas(64) static constexpr Layout kLayout{
+            1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+        _tile_loadconfig(&kLayout);
     }
     ~MatrixRegisters() { _tile_release(); }
     MatrixRegisters(const MatrixRegisters&) = delete;

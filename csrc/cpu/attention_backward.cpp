@@ -27,7 +27,7 @@ constexpr int64_t kSmallWork = 1 << 18;  // multiplications per product for one 
 template <class Dot>
 class Task {
     typedef typename Dot::Element Element;
-    static constexpr int kPair = Dot::kPair;
+    static constexpr int kPair = Dot::kPair, kTileRows = Dot::kRows;
 
   public:
     Task(const AttentionBwdArgs& args, const Layout<Dot>& layout, bool own_dq)
@@ -144,9 +144,9 @@ class Task {
                                 (g * l.blocks_m + block) * kBlockM,
                                 dq + (g * l.blocks_m + block) * l.block_dq);
         }
-        store_rows(a.dtype, dk, l.block_n, count, a.head_dim, a.softmax_scale, dk_to,
-                   a.dk_strides[2]);
-        store_rows(a.dtype, dv, l.block_n, count, a.head_dim_v, 1.0f, dv_to, a.dv_strides[2]);
+        const auto store = Dot::kMatrix ? store_transposed : store_rows;
+        store(a.dtype, dk, l.block_n, count, a.head_dim, a.softmax_scale, dk_to, a.dk_strides[2]);
+        store(a.dtype, dv, l.block_n, count, a.head_dim_v, 1.0f, dv_to, a.dv_strides[2]);
     }
 
     // The queries that see one of the keys [begin, end) by the band.
@@ -160,32 +160,18 @@ class Task {
         return queries;
     }
 
-    bool all_masked(int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t count) const {
-        const Strides4& strides = a.mask_strides;
-        const uint8_t* mask = a.mask + b * strides[0] + h * strides[1];
-        if (strides[2] == 0) rows = 1;
-        if (strides[3] == 0) count = 1;
-        for (int64_t row = i; row < i + rows; ++row) {
-            const uint8_t* keys = mask + row * strides[2] + j * strides[3];
-            uint8_t any = 0;
-            for (int64_t n = 0; n < count; ++n) any |= keys[n * strides[3]];
-            if (any) return false;
-        }
-        return true;
-    }
-
     // Queries [i, i + kBlockM) of head (b, h) against the packed keys [j, j + count).
     void query_block(int64_t b, int64_t h, int64_t i, int64_t j, int64_t count, int64_t row,
                      float* dq) {
         const int64_t rows = std::min(kBlockM, a.seqlen_q - i);
-        const int64_t padded = round_up(rows, kRowStep);
-        if (a.mask && all_masked(b, h, i, rows, j, count)) return;
+        const int64_t padded = round_up(rows, kRowStep<Dot>);
+        if (a.mask && all_masked(a, b, h, i, rows, j, count)) return;
         copy_rows<Dot>(a.dtype, at(a.q, a.dtype, a.q_strides, b, h, i), a.q_strides[2], rows,
                        a.head_dim, padded, l.stride, q_rows);
-        pack_panels<Dot>(q_rows, l.stride, padded, a.head_dim, kBlockM, q_panels);
+        pack_queries(q_rows, l.stride, padded, a.head_dim, q_panels);
         copy_rows<Dot>(a.dtype, at(a.dout, a.dtype, a.dout_strides, b, h, i), a.dout_strides[2],
                        rows, a.head_dim_v, padded, l.stride_v, dout_rows);
-        pack_panels<Dot>(dout_rows, l.stride_v, padded, a.head_dim_v, kBlockM, dout_panels);
+        pack_queries(dout_rows, l.stride_v, padded, a.head_dim_v, dout_panels);
 
         // The next block of queries comes from further away than the second-level cache.
         prefetch_rows(at(a.q, a.dtype, a.q_strides, b, h, i + rows), a.dtype, a.q_strides[2],
@@ -215,13 +201,23 @@ class Task {
                 KeyRange keys =
                     tile_keys(b, i + r, std::min(i + rows, i + r + kTileRows), j, count);
                 if (keys.begin >= keys.end) continue;
-                const int64_t begin = keys.begin / kPair, end = (keys.end + kPair - 1) / kPair;
-                product<Dot>(padded - r, a.head_dim - n,
+                const int64_t begin = keys.begin / kPair / Dot::kDepthStep * Dot::kDepthStep;
+                const int64_t end = round_up(ceil_div(keys.end, kPair), Dot::kDepthStep);
+                product<Dot>(std::min<int64_t>(kTileRows, padded - r), a.head_dim - n,
                              ds_rows + r * (kScoresStride / kPair) + begin, kScoresStride / kPair,
                              1, k_panels + l.block_n / kPair * n + begin * kPanel, end - begin,
                              dq + kBlockM * n + r * kPanel, kPanel, true);
             }
         }
+    }
+
+    // Rows of Q or dout for the products over the queries.
+    static void pack_queries(const Element* rows, int64_t stride, int64_t padded, int64_t columns,
+                             Element* to) {
+        if constexpr (Dot::kMatrix)
+            transpose_pairs((const BF16*)rows, 2 * stride, padded, columns, kBlockM, (float*)to);
+        else
+            pack_panels<Dot>(rows, stride, padded, columns, kBlockM, to);
     }
 
     // The keys of the block that one of the queries [begin, end) sees, relative to j.
@@ -347,13 +343,6 @@ class Task {
         if (a.dbias) add_bias_gradient(dbias_row(b, h, i), j, left, right);
     }
 
-    static bool has_every_score(const AttentionBwdArgs& a) {
-        const int64_t sizes[] = {a.batch, a.heads, a.seqlen_q, a.seqlen_k};
-        for (int dim = 0; dim < 4; ++dim)
-            if (sizes[dim] > 1 && a.dbias_strides[dim] == 0) return false;
-        return true;
-    }
-
     float* dbias_row(int64_t b, int64_t h, int64_t i) const {
         const Strides4& strides = a.dbias_strides;
         return a.dbias + b * strides[0] + h * strides[1] + i * strides[2];
@@ -379,7 +368,7 @@ class Task {
     void key_products(int64_t b, int64_t i, int64_t padded, int64_t j, int64_t count, bool cut) {
         const auto multiply = [&](const Element* weights, const Element* panels, int64_t columns,
                                   float* to) {
-            for (int64_t n = 0; n < columns; n += kPanel) {
+            for (int64_t n = 0; n < columns; n += Dot::kMatrix ? columns : kPanel) {
                 for (int64_t m = 0; m < count; m += kTileRows) {
                     KeyRange seen{0, padded};
                     if (cut) {
@@ -388,8 +377,16 @@ class Task {
                                 std::min(seen.end - i, padded)};
                         if (seen.begin >= seen.end) continue;
                     }
-                    const int64_t begin = seen.begin / kPair;
-                    const int64_t end = (seen.end + kPair - 1) / kPair;
+                    const int64_t begin = seen.begin / kPair / Dot::kDepthStep * Dot::kDepthStep;
+                    const int64_t end = round_up(ceil_div(seen.end, kPair), Dot::kDepthStep);
+                    if constexpr (Dot::kMatrix) {
+                        // Weights lie as B of a product wants it: the transpose of dK or dV.
+                        matrix_product<Dot>(columns, std::min<int64_t>(kTileRows, count - m),
+                                            panels + begin, kBlockM / kPair,
+                                            weights + begin * kScoresStride + m, kScoresStride,
+                                            end - begin, to + m, l.block_n, true);
+                        continue;
+                    }
                     product<Dot>(count - m, columns - n, weights + begin * kScoresStride + m, 1,
                                  kScoresStride, panels + kBlockM / kPair * n + begin * kPanel,
                                  end - begin, to + l.block_n * n + m * kPanel, kPanel, true);
@@ -400,6 +397,7 @@ class Task {
         multiply(ds, q_panels, a.head_dim, dk);
     }
 
+    [[no_unique_address]] Registers<Dot> registers;
     const AttentionBwdArgs& call;
     AttentionBwdArgs a;  // of the task's sequence
     Layout<Dot> l;
@@ -410,11 +408,11 @@ class Task {
     const float log2_scale;
     float *lse2, *correction, *delta;      // (group, blocks_m * kBlockM)
     Element *q_rows, *dout_rows;           // (kBlockM, stride)
-    Element *q_panels, *dout_panels;       // (panel, kBlockM / kPair, kPanel)
+    Element *q_panels, *dout_panels;       // (panel, kBlockM / kPair, kPanel), or the transpose
     Element* staging;                      // (block_n, stride)
     Element *k_transposed, *v_transposed;  // (panel, depth, kPanel)
     Element* k_panels;                     // (panel, block_n / kPair, kPanel)
-    float *dk, *dv;                        // (panel, block_n, kPanel)
+    float *dk, *dv;                        // (panel, block_n, kPanel), or the transpose
     Element *p, *ds;                       // (kBlockM / kPair, kScoresStride)
     Element* ds_rows;                      // (kBlockM, kScoresStride / kPair)
     float *scores, *dp;                    // (kTileRows, kScoresStride)

@@ -2,6 +2,7 @@
 // Included inside a target region.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/attention_scores.h"
 
 namespace {
@@ -9,7 +10,7 @@ namespace {
 constexpr int64_t kBlockM = 96;                  // queries
 constexpr int64_t kBlockN = 192;                 // keys
 constexpr int64_t kScoresStride = kBlockN + 16;  // not a power of two: its rows share cache sets
-static_assert(kBlockM % kTileRows == 0 && kBlockN % kPanel == 0);
+static_assert(kBlockM % kTileRows == 0 && kBlockM % 32 == 0 && kBlockN % kPanel == 0);
 
 const char* at(const void* base, DType dtype, const Strides3& strides, int64_t b, int64_t h,
                int64_t i) {
@@ -34,8 +35,8 @@ struct Layout {
           blocks_m((a.seqlen_q + kBlockM - 1) / kBlockM),
           // Half a block keeps a wide head's operands in the second-level cache.
           block_n(std::max(a.head_dim, a.head_dim_v) > 128 ? kBlockN / 2 : kBlockN),
-          depth((a.head_dim + Dot::kPair - 1) / Dot::kPair),
-          depth_v((a.head_dim_v + Dot::kPair - 1) / Dot::kPair),
+          depth(round_up(ceil_div(a.head_dim, Dot::kPair), Dot::kDepthStep)),
+          depth_v(round_up(ceil_div(a.head_dim_v, Dot::kPair), Dot::kDepthStep)),
           stride(round_up(depth, kLanes)),
           stride_v(round_up(depth_v, kLanes)),
           width(round_up(a.head_dim, kPanel)),
@@ -44,8 +45,9 @@ struct Layout {
           dq_size(group * blocks_m * block_dq) {}
 };
 
-constexpr int kRowStep = kTileRows / 3;  // tiles have one, two or three steps of rows
-static_assert(kRowStep % 2 == 0);
+// Tiles have one, two or three steps of rows; queries are padded to one step.
+template <class Dot>
+constexpr int kRowStep = Dot::kMatrix ? 2 * Dot::kDepthStep : kTileRows / 3;
 
 // c[m][n] += (or =) sum over k of A[m, k] * B[k, n] for one tile, B a packed panel.
 template <class Dot, int kRows, int kVectors>
@@ -62,19 +64,24 @@ __attribute__((noinline)) void product_tile(const typename Dot::Element* a, int6
     });
 }
 
-// As product_tile, for a multiple of kRowStep rows up to kTileRows, and up to kPanel columns.
+// As product_tile, for a multiple of kRowStep rows up to Dot::kRows, and up to kPanel columns.
 template <class Dot>
 void product(int64_t rows, int64_t columns, const typename Dot::Element* a, int64_t a_row,
              int64_t a_k, const typename Dot::Element* b, int64_t k, float* c, int64_t c_row,
              bool accumulate) {
+    if constexpr (Dot::kMatrix) {
+        columns = std::min<int64_t>(columns, kPanel);
+        return matrix_product<Dot>(rows, columns, a, a_row, b, kPanel, k, c, c_row, accumulate);
+    }
+    constexpr int kStep = kRowStep<Dot>;
     const auto run = [&](auto vectors) {
         constexpr int kVectors = decltype(vectors)::value;
-        if (rows > 2 * kRowStep)
+        if (rows > 2 * kStep)
             product_tile<Dot, kTileRows, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
-        else if (rows > kRowStep)
-            product_tile<Dot, 2 * kRowStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
+        else if (rows > kStep)
+            product_tile<Dot, 2 * kStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
         else
-            product_tile<Dot, kRowStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
+            product_tile<Dot, kStep, kVectors>(a, a_row, a_k, b, k, c, c_row, accumulate);
     };
     if (columns > 2 * kLanes && kTileVectors > 2)
         run(std::integral_constant<int, kTileVectors>{});
@@ -142,6 +149,25 @@ void pack_panels(const typename Dot::Element* from, int64_t stride, int64_t rows
     }
 }
 
+// (rows, stride) of pairs along a row into (columns, panel_rows / 2) of pairs along a column.
+void transpose_pairs(const BF16* from, int64_t stride, int64_t rows, int64_t columns,
+                     int64_t panel_rows, float* to) {
+    for (int64_t n = 0; n < columns; n += kLanes) {
+        for (int64_t row = 0; row < rows; row += 2 * kLanes) {
+            Vec block[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                const BF16* source = from + (row + 2 * i) * stride + n;
+                block[i] =
+                    (Vec)(load_bits(source, kLanes) | (load_bits(source + stride, kLanes) << 16));
+            }
+            transpose(block);
+            for (int i = 0; i < kLanes; ++i)
+                store(to + (n + i) * (panel_rows / 2) + row / 2, block[i]);
+        }
+    }
+}
+
 // (rows, stride) into transposed panels (panel, depth, kPanel); the rows are padded to kPanel.
 __attribute__((noinline)) void pack_transposed_panels(const float* from, int64_t stride,
                                                       int64_t rows, int64_t depth, float* to) {
@@ -159,6 +185,23 @@ void store_rows(DType dtype, const float* from, int64_t panel_rows, int64_t rows
             for (int64_t n = 0; n < columns; n += kLanes) {
                 const float* source = from + (n / kPanel * panel_rows + row) * kPanel + n % kPanel;
                 store(target + n, load(source) * scale, columns - n);
+            }
+        }
+    });
+}
+
+// The same from the transpose (columns, from_row).
+void store_transposed(DType dtype, const float* from, int64_t from_row, int64_t rows,
+                      int64_t columns, float scale, void* to, int64_t to_row) {
+    with_type(dtype, [&](auto element) {
+        typedef decltype(element) T;
+        for (int64_t row = 0; row < rows; row += kLanes) {
+            for (int64_t n = 0; n < columns; n += kLanes) {
+                Vec block[kLanes];
+                for (int i = 0; i < kLanes; ++i) block[i] = load(from + (n + i) * from_row + row);
+                transpose(block);
+                for (int64_t i = 0; i < kLanes && row + i < rows; ++i)
+                    store((T*)to + (row + i) * to_row + n, block[i] * scale, columns - n);
             }
         }
     });
@@ -184,6 +227,30 @@ FASTATTN_INLINE Vec zip_narrow(Vec a, Vec b, HalfVec& even, HalfVec& odd) {
     return (Vec)(__builtin_convertvector(even, UintVec) |
                  (__builtin_convertvector(odd, UintVec) << 16));
 #endif
+}
+
+// Whether the bias has an element for each score.
+bool has_every_score(const AttentionBwdArgs& a) {
+    const int64_t sizes[] = {a.batch, a.heads, a.seqlen_q, a.seqlen_k};
+    for (int dim = 0; dim < 4; ++dim)
+        if (sizes[dim] > 1 && a.dbias_strides[dim] == 0) return false;
+    return true;
+}
+
+// Whether the mask hides keys [j, j + count) from queries [i, i + rows).
+bool all_masked(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j,
+                int64_t count) {
+    const Strides4& strides = a.mask_strides;
+    const uint8_t* mask = a.mask + b * strides[0] + h * strides[1];
+    if (strides[2] == 0) rows = 1;
+    if (strides[3] == 0) count = 1;
+    for (int64_t row = i; row < i + rows; ++row) {
+        const uint8_t* keys = mask + row * strides[2] + j * strides[3];
+        uint8_t any = 0;
+        for (int64_t n = 0; n < count; ++n) any |= keys[n * strides[3]];
+        if (any) return false;
+    }
+    return true;
 }
 
 float row_product(DType dtype, const void* x, const void* y, int64_t count) {
