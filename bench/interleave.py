@@ -3,6 +3,9 @@
 import statistics
 import time
 
+# A comparison that takes more seconds than this makes do with fewer rounds, at least three.
+LONGEST = 5.0
+
 
 def medians(rivals, rounds=15, budget=0.02):
     """Median seconds a call of each function in `rivals` ({name: function})."""
@@ -13,6 +16,7 @@ def medians(rivals, rounds=15, budget=0.02):
         call()
     once = (time.perf_counter() - start) / len(rivals)
     calls = max(1, int(budget / max(once, 1e-7)))
+    rounds = min(rounds, max(3, int(LONGEST / (calls * once * len(rivals)))))
     seconds = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, call in rivals.items():

@@ -11,7 +11,13 @@ from torch.nn.functional import cross_entropy, linear
 import fastattn
 
 # rows, d_model, vocabulary
-SHAPES = [(64, 256, 1000), (1024, 256, 8000), (4096, 512, 32000), (1024, 1024, 50257)]
+SHAPES = [
+    (64, 256, 1000),
+    (1024, 256, 8000),
+    (512, 512, 32000),
+    (2048, 512, 32000),
+    (1024, 1024, 50257),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIBRARIES = {
     "torch": lambda x, weight, targets: cross_entropy(linear(x, weight), targets),

@@ -144,9 +144,11 @@ def test_empty(backend, rows):
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_bytes_saved(backend, save):
+@pytest.mark.parametrize("name", ["ffn", "gated_ffn"])
+def test_bytes_saved(backend, name, save):
     """`save` decides what autograd keeps besides the arguments."""
-    tensors = [t.requires_grad_() for t in plain(rows=(64,), d_model=32, d_ff=128)]
+    make = plain if name == "ffn" else gated
+    tensors = [t.requires_grad_() for t in make(rows=(64,), d_model=32, d_ff=128)]
     arguments = {t.data_ptr() for t in tensors}
     kept = []
 
@@ -156,9 +158,10 @@ def test_bytes_saved(backend, save):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        fastattn.ffn(*tensors, save=save)
-    hidden = 64 * 128 * 4
-    assert sum(kept) == {"all": 2 * hidden, "preact": hidden, "input": 0}[save]
+        getattr(fastattn, name)(*tensors, save=save)
+    preacts = 1 if name == "ffn" else 2
+    matrices = {"all": preacts + 1, "preact": preacts, "input": 0}[save]
+    assert sum(kept) == matrices * 64 * 128 * 4
 
 
 def test_same_call_same_bits(backend):
