@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,40 @@ def test_without_native_kernels_it_installs_and_says_so(tree, tmp_path):
     done = run(tmp_path, "-m", "fastattn", "info", PYTHONPATH=str(target))
     assert "missing: installed with FASTATTN_NATIVE=off" in done.stdout
     assert done.returncode == 0
+
+
+IMPORT = """
+import fastattn, torch
+from fastattn.backends.cpu import native
+assert native.MISSING is not None
+(choice,) = fastattn.explain(fastattn.softmax, torch.ones(2, 2))
+assert choice.backend == "reference" and native.MISSING in choice.refusals["cpu"]
+"""
+
+
+@pytest.mark.parametrize("suffix", [EXTENSION_SUFFIXES[0], ".cpython-38-x86_64-linux-gnu.so"])
+def test_a_module_that_does_not_load_is_warned_of_once(tree, suffix):
+    (tree / f"fastattn/_C{suffix}").write_bytes(b"not a library")
+    done = run(tree, "-c", IMPORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning: fastattn runs on its slow reference backend") == 1
+    assert f"_C{suffix} is there: native module not available: " in done.stderr
+    assert "Install it again or, in a checkout, run " in done.stderr
+
+
+@needs_compiler
+def test_an_old_module_is_warned_of_once(tree):
+    assert build(tree).returncode == 0
+    done = run(tree, "-c", IMPORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning: fastattn runs on its slow reference backend") == 1
+    assert "native module older than the Python files, without DTYPES, " in done.stderr
+
+
+def test_an_install_without_native_kernels_is_silent(tree):
+    done = run(tree, "-W", "error", "-c", IMPORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 def test_pip_shows_the_sentence(tree):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastattn.backends import BACKENDS
+from fastattn.backends.cpu import native
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastattn"
@@ -133,6 +134,16 @@ def test_backends_export_the_same_names_in_the_same_order(backend):
     public = [name for name in vars(backend) if name in BACKEND_NAMES]
     assert public == [name for name in BACKEND_NAMES if name in public]
     assert {"NAME", "unsupported"} <= set(public)
+
+
+def test_the_native_module_is_asked_for_all_that_is_called():
+    folder = PACKAGE / "backends/cpu"
+    called = {
+        name
+        for path in folder.glob("*.py")
+        for name in re.findall(r"\b_C\.(\w+)", path.read_text())
+    }
+    assert called == set(native.ENTRY_POINTS)
 
 
 def test_kernels_know_nothing_of_the_package():

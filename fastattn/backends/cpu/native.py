@@ -1,19 +1,52 @@
 """The native module, and how its functions take tensors."""
 
+import warnings
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+# What this backend calls of the module.
+ENTRY_POINTS = (
+    "DTYPES",
+    "UNBOUNDED",
+    "AttentionFeatures",
+    "attention_fwd",
+    "attention_bwd",
+    "softmax_fwd",
+    "softmax_bwd",
+    "ffn_fwd",
+    "ffn_bwd",
+    "norm_fwd",
+    "norm_bwd",
+    "cross_entropy_fwd",
+    "cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
+    "linear_cross_entropy_bwd",
+    "rotary",
+)
+
+# Files of the module; there is none where the package was installed without native kernels.
+_files = sorted(path.name for path in Path(__file__).parents[2].glob("_C*.so"))
+MISSING: str | None = None
 try:
     from fastattn import _C
-
-    MISSING = None
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     MISSING = f"native module not available: {error}"
+else:
+    _absent = [name for name in ENTRY_POINTS if not hasattr(_C, name)]
+    if _absent:
+        _C = None  # type: ignore[assignment]
+        MISSING = f"native module older than the Python files, without {', '.join(_absent)}"
 
-if _C is not None and not hasattr(_C, "DTYPES"):
-    _C = None  # type: ignore[assignment]
-    MISSING = "native module older than the Python files: build it again"
+if MISSING is not None and _files:
+    warnings.warn(
+        f"fastattn runs on its slow reference backend, though {', '.join(_files)} is there: "
+        f"{MISSING}. Install it again or, in a checkout, run python setup.py build_ext --inplace",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 DTYPES: dict[torch.dtype, int] = {}
 if _C is not None:
