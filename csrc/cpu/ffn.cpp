@@ -60,13 +60,38 @@ void drop(const Dropout& dropout, int64_t m, int64_t rows, int64_t n, float* til
     }
 }
 
-// tile = act(tile), times the tile of the gated form's second product.
-void activate(Activation activation, bool gated, int64_t rows, float* tile) {
-    with_activation(activation, [&](auto act) {
-        for (float* at = tile; at < tile + rows * kPanel; at += kLanes) {
-            const Vec value = act.value(load(at));
-            store(at, gated ? value * load(at + kTileSize) : value);
-        }
+// tile = act(tile + b1), times the tile of the gated form's second product; the preact is kept
+// where asked for. The result goes to `hidden` at once, if given.
+template <class Dot>
+void activate(const FFNFwdArgs& args, int64_t m, int64_t rows, int64_t n, int64_t columns,
+              float* tile, void* hidden) {
+    const FFNShape& s = args.shape;
+    typedef std::conditional_t<Dot::kPair == 2, BF16, float> Hidden;
+    alignas(64) float bias[kPanel] = {};
+    if (args.b1) read_tile(s.dtype, args.b1, 0, 0, 1, n, columns, bias);
+    const bool gated = args.w_up.data;
+    with_activation(s.activation, [&](auto act) {
+        with_storage_of<Dot>(s.dtype, [&](auto type) {
+            auto* preact = (std::remove_const_t<std::remove_pointer_t<decltype(type)>>*)args.preact;
+            for (int64_t row = 0; row < rows; ++row) {
+                for (int64_t j = 0; j < columns; j += kLanes) {
+                    float* at = tile + row * kPanel + j;
+                    const int64_t kept_at = (m + row) * s.d_ff + n + j, count = columns - j;
+                    const Vec x = load(at) + load(bias + j);
+                    if (preact) store(preact + kept_at, x, count);
+                    Vec value = act.value(x);
+                    if (gated) {
+                        const Vec up = load(at + kTileSize);
+                        if (preact) store(preact + s.rows * s.d_ff + kept_at, up, count);
+                        value = value * up;
+                    }
+                    if (hidden)
+                        store((Hidden*)hidden + row * s.d_ff + j, value, count);
+                    else
+                        store(at, value);
+                }
+            }
+        });
     });
 }
 
@@ -105,7 +130,7 @@ template <class Dot>
 void ffn_fwd_of(const FFNFwdArgs& args) {
     const FFNShape& s = args.shape;
     constexpr DType kind = kHidden<Dot>;
-    const bool gated = args.w_up.data, keeps_kind = args.hidden && kind == s.dtype;
+    const bool keeps_kind = args.hidden && kind == s.dtype;
     const int64_t most = std::max<int64_t>(192, kHiddenBytes / (s.d_ff * itemsize(kind)));
     const int64_t step = ceil_div(s.rows, ceil_div(s.rows, most));
     for (int64_t first = 0; first < s.rows; first += step) {
@@ -114,14 +139,10 @@ void ffn_fwd_of(const FFNFwdArgs& args) {
                                   : scratch_of(kind, rows * s.d_ff, kSlotHidden);
         const auto take_preact = [&](float* tile, int64_t m, int64_t here, int64_t n,
                                      int64_t columns) {
-            add_bias(s.dtype, args.b1, here, n, columns, tile);
-            if (args.preact) {
-                write_tile(s.dtype, args.preact, s.d_ff, first + m, here, n, columns, tile);
-                if (gated)
-                    write_tile(s.dtype, args.preact, s.d_ff, s.rows + first + m, here, n, columns,
-                               tile + kTileSize);
-            }
-            activate(s.activation, gated, here, tile);
+            const bool plain = !args.dropout.threshold && (!args.hidden || keeps_kind);
+            activate<Dot>(args, first + m, here, n, columns, tile,
+                          plain ? (char*)hidden + (m * s.d_ff + n) * itemsize(kind) : nullptr);
+            if (plain) return;
             if (args.dropout.threshold) drop(args.dropout, first + m, here, n, tile);
             write_tile(kind, hidden, s.d_ff, m, here, n, columns, tile);
             if (args.hidden && !keeps_kind)

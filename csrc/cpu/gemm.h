@@ -16,10 +16,11 @@ constexpr int kPanel = kTileVectors * kLanes;
 constexpr int kMostRows = FASTATTN_AMX ? 32 : kTileRows;  // of a tile that a sink gets
 constexpr int kTileSize = kMostRows * kPanel;
 constexpr int64_t kDepth = 512;  // of a packed block, in elements of Dot
-constexpr int64_t kItemRows = 768;
+template <class Dot>
+constexpr int64_t kItemRows = Dot::kMatrix ? 1536 : 768;
 constexpr int64_t kFewRows = 16;    // of A: B is not packed for them if it can be read
 constexpr int64_t kGroupRows = 96;  // of A
-constexpr int64_t kItemPanels = 16 / kTileVectors;
+constexpr int64_t kItemPanels = 16 / kTileVectors;  // twice as many where packing costs most
 static_assert(kGroupRows % kTileRows == 0 && kGroupRows % kMostRows == 0);
 constexpr double kSerialWork = 1 << 19;  // multiply-adds worth one thread only
 constexpr int64_t kSerialWeights = 1 << 16;
@@ -294,7 +295,7 @@ void gemm_item(const GemmTerm* terms, int count, int64_t m, int64_t rows, int64_
     Element* a = scratch<Element>(kGroupRows * kRowStride + kLanes, kSlotA);
     Element* b = scratch<Element>(panels * sources * kPanel * kDepth, kSlotB);
     float* c = scratch<float>(tile_rows * panels * sources * kTileSize, kSlotC);
-    Panel<Dot> panels_b[2 * kItemPanels];
+    Panel<Dot> panels_b[2 * kItemPanels];  // panels * sources is no more
     const auto columns_of_panel = [&](int64_t p) {
         return std::min<int64_t>(kPanel, n - (panel + p) * kPanel);
     };
@@ -464,7 +465,9 @@ void gemm(const GemmTerm* terms, int count, int64_t m, int64_t n, GemmSink sink)
     double work = 0;
     for (int t = 0; t < count; ++t) work += double(m) * n * terms[t].k;
     // Enough items for every thread, also when one of them is slow.
-    int64_t row_parts = ceil_div(m, kItemRows), step = kItemPanels;
+    const bool one_block = count == 1 && terms[0].k <= kDepth * Dot::kPair && !terms[0].b_pair.data;
+    int64_t row_parts = ceil_div(m, kItemRows<Dot>);
+    int64_t step = Dot::kMatrix && one_block ? 2 * kItemPanels : kItemPanels;
     if (work > kSerialWork) {
         while (step > 2 && row_parts * ceil_div(panels, step) < 3 * threads) step /= 2;
         while (m / (row_parts + 1) >= kGroupRows / 2 &&
