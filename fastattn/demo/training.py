@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastattn import cross_entropy
 from fastattn.demo.comparison import Timing
 from fastattn.demo.dates import BOS, EOS, PAD, TARGET_LENGTH, Dates, Example
 from fastattn.models import Transformer, load_torch
@@ -119,9 +120,11 @@ class Result:
 
 
 class _Learner:
-    """A model with its optimizer and schedule."""
+    """A model with its loss, optimizer and schedule."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, cross_entropy: Callable[..., Tensor], settings: Settings
+    ) -> None:
         warmup, steps = settings.warmup, settings.steps
 
         def rate(step: int) -> float:
@@ -130,6 +133,7 @@ class _Learner:
             return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
         self.model = model
+        self.cross_entropy = cross_entropy
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98)
         )
@@ -140,7 +144,7 @@ class _Learner:
         start = time.perf_counter()
         logits = self.model(src, tgt[:, :-1])
         goal = tgt[:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1), goal.flatten())
+        loss = self.cross_entropy(logits.flatten(0, 1), goal.flatten())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -165,8 +169,8 @@ def train(settings: Settings, dates: Dates, seed: int = 0) -> Result:
         norm_first=True,
         pad_id=PAD,
     )
-    stock = _Learner(StockTransformer(model), settings)
-    fast = _Learner(model, settings)
+    stock = _Learner(StockTransformer(model), F.cross_entropy, settings)
+    fast = _Learner(model, cross_entropy, settings)
     result = Result(settings, model)
     stream = _batches(settings, dates)
     with _bar(settings.twin_steps, "both") as bar:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.models.cache import KeyValueCache
-from fastattn.nn import FeedForward
+from fastattn.nn import FeedForward, LayerNorm
+from fastattn.nn.norm import add_norm
 from fastattn.ops import attention, softmax
 
 
@@ -212,8 +214,8 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
 
-        def norm() -> nn.LayerNorm:
-            return nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias)
+        def norm() -> LayerNorm:
+            return LayerNorm(d_model, eps=layer_norm_eps, bias=bias)
 
         self.norm_first = norm_first
         self.self_attn = SelfAttention(d_model, num_heads, attention_dropout, bias)
@@ -225,13 +227,6 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff, dropout, activation, bias)
         self.feed_forward_norm = norm()
         self.dropout = nn.Dropout(dropout)
-
-    def _residual(
-        self, x: Tensor, norm: nn.LayerNorm, sublayer: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        if self.norm_first:
-            return x + self.dropout(sublayer(norm(x)))
-        return norm(x + self.dropout(sublayer(x)))
 
     def forward(
         self,
@@ -249,16 +244,27 @@ class Layer(nn.Module):
             x, mask, causal, cache: as in `SelfAttention`.
             memory, memory_mask: as in `CrossAttention`; for a layer that has one.
         """
-        x = self._residual(
-            x,
-            self.self_attn_norm,
-            lambda y: self.self_attn(y, mask=mask, causal=causal, cache=cache),
-        )
+
+        def attend(y: Tensor) -> Tensor:
+            return self.self_attn(y, mask=mask, causal=causal, cache=cache)
+
+        def attend_memory(y: Tensor) -> Tensor:
+            return self.cross_attn(y, memory, mask=memory_mask)
+
+        sublayers: list[tuple[LayerNorm, Callable[[Tensor], Tensor]]]
+        sublayers = [(self.self_attn_norm, attend)]
         if self.has_cross_attention:
-            x = self._residual(
-                x, self.cross_attn_norm, lambda y: self.cross_attn(y, memory, mask=memory_mask)
-            )
-        return self._residual(x, self.feed_forward_norm, self.feed_forward)
+            sublayers.append((self.cross_attn_norm, attend_memory))
+        sublayers.append((self.feed_forward_norm, self.feed_forward))
+        if not self.norm_first:
+            for norm, sublayer in sublayers:
+                x, _ = add_norm(self.dropout(sublayer(x)), x, norm)
+            return x
+        # Each add goes with the norm after it.
+        normed = self.self_attn_norm(x)
+        for (_, sublayer), (norm, _) in pairwise(sublayers):
+            normed, x = add_norm(self.dropout(sublayer(normed)), x, norm)
+        return x + self.dropout(self.feed_forward(normed))
 
 
 class Stack(nn.Module):
@@ -274,10 +280,10 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(
             Layer(d_model, num_heads, d_ff, **options) for _ in range(num_layers)
         )
-        self.norm: nn.LayerNorm | None = None
+        self.norm: LayerNorm | None = None
         if options.get("norm_first", False):
             eps, bias = options.get("layer_norm_eps", 1e-5), options.get("bias", True)
-            self.norm = nn.LayerNorm(d_model, eps=eps, bias=bias)
+            self.norm = LayerNorm(d_model, eps=eps, bias=bias)
 
     def keys_values(self, memory: Tensor) -> list[KeysValues]:
         """Keys and values of `memory` ``(batch, seqlen_k, d_model)`` for each layer."""
