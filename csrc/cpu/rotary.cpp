@@ -21,22 +21,6 @@ constexpr int64_t kTaskElements = 16384;
 // How far ahead a row is fetched: the processor's own prefetching loses a fifth of the bandwidth.
 constexpr int64_t kAheadBytes = 2048;
 
-// The even, and the odd elements of two vectors: undoes zip.
-FASTATTN_INLINE void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
-#if FASTATTN_AVX512
-    even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
-                                   30);
-    odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29,
-                                  31);
-#elif FASTATTN_AVX2
-    even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
-    odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-    even = __builtin_shufflevector(low, high, 0, 2, 4, 6);
-    odd = __builtin_shufflevector(low, high, 1, 3, 5, 7);
-#endif
-}
-
 // 2 * kLanes elements, those of even and those of odd index.
 struct EvenOdd {
     Vec even, odd;

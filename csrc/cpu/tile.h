@@ -81,19 +81,32 @@ FASTATTN_INLINE void tile(const typename Dot::Element* a, int64_t a_row, int64_t
     }
 }
 
-// Interleaves two vectors: the low, and the high half of a0 b0 a1 b1 ...
-FASTATTN_INLINE void zip(Vec a, Vec b, Vec& low, Vec& high) {
-#if FASTATTN_AVX512
-    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high =
-        __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif FASTATTN_AVX2
-    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+// Lane i of the result is lane index(i) of a, or from kLanes on of b.
+template <int (*index)(int), int... i>
+FASTATTN_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, index(i)...);
 #else
-    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    return __builtin_shuffle(a, b, IntVec{index(i)...});
 #endif
+}
+template <int (*index)(int)>
+FASTATTN_INLINE Vec shuffle(Vec a, Vec b) {
+    return shuffle<index>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Interleaves two vectors: the low, and the high half of a0 b0 a1 b1 ...
+constexpr int zipped_low(int i) { return i / 2 + i % 2 * kLanes; }
+constexpr int zipped_high(int i) { return zipped_low(i) + kLanes / 2; }
+FASTATTN_INLINE void zip(Vec a, Vec b, Vec& low, Vec& high) {
+    low = shuffle<zipped_low>(a, b), high = shuffle<zipped_high>(a, b);
+}
+
+// The even, and the odd elements of two vectors: undoes zip.
+constexpr int even_lane(int i) { return 2 * i; }
+constexpr int odd_lane(int i) { return 2 * i + 1; }
+FASTATTN_INLINE void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
+    even = shuffle<even_lane>(low, high), odd = shuffle<odd_lane>(low, high);
 }
 
 // Transposes kLanes x kLanes elements in place: log2(kLanes) rounds of zipping row i with row
