@@ -34,7 +34,9 @@ struct Layout {
         : group(a.heads / a.heads_kv),
           blocks_m((a.seqlen_q + kBlockM - 1) / kBlockM),
           // Half a block keeps a wide head's operands in the second-level cache.
-          block_n(std::max(a.head_dim, a.head_dim_v) > 128 ? kBlockN / 2 : kBlockN),
+          block_n(std::min(
+              round_up(std::max(a.head_dim, a.head_dim_v) > 128 ? kBlockN / 2 : kBlockN, kPanel),
+              round_up(std::max<int64_t>(a.seqlen_k, 1), kPanel))),
           depth(round_up(ceil_div(a.head_dim, Dot::kPair), Dot::kDepthStep)),
           depth_v(round_up(ceil_div(a.head_dim_v, Dot::kPair), Dot::kDepthStep)),
           stride(round_up(depth, kLanes)),

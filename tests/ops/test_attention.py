@@ -83,6 +83,8 @@ def skip_if_refused(backend, *args, **kwargs):
         dict(heads=4, heads_kv=1, seqlen_q=1, seqlen_k=515),
         dict(batch=1, heads=1, seqlen_q=300, seqlen_k=70, head_dim=128),
         dict(head_dim=256, seqlen_q=20, seqlen_k=40),
+        dict(batch=1, heads=1, head_dim=136, seqlen_q=100, seqlen_k=200),
+        dict(batch=1, heads=1, head_dim=24, head_dim_v=256, seqlen_q=40, seqlen_k=130),
         dict(head_dim=1, head_dim_v=7),
         dict(head_dim=80, head_dim_v=96),
         dict(head_dim=33, head_dim_v=129, heads=2, heads_kv=1),
