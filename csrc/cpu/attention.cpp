@@ -189,7 +189,7 @@ class Task {
         alignas(64) float scores[kRows * kBlockN];  // (rows, keys), of the block
         alignas(64) float correction[round_up(kRows, kLanes)];
         const int64_t left = seen.begin / kPanel * kPanel;
-        const int64_t right = round_up(seen.end, kPanel);
+        const int64_t right = round_up(seen.end, kKeyStep<Dot>);
         for (int64_t m = 0; a.bias && m < rows; ++m)
             prefetch_bias(a, b, row[r + m].h, row[r + m].i, j + left, seen.end - left);
         if constexpr (kRows <= kFewRows) {
@@ -200,12 +200,15 @@ class Task {
         }
         const bool matrix = Dot::kMatrix && !few;
         for (int64_t n = left; n < right && !few; n += kPanel) {
+            const int64_t columns = std::min<int64_t>(kPanel, right - n);
             if (matrix)
-                matrix_product<Dot>(kRows, std::min<int64_t>(kPanel, seen.end - n), q + r * depth,
-                                    depth, keys + n * depth, kPanel, depth, scores + n, kBlockN,
-                                    false);
+                matrix_product<Dot>(kRows, columns, q + r * depth, depth, keys + n * depth, kPanel,
+                                    depth, scores + n, kBlockN, false);
             else
-                score_tile<Dot, kRows>(q + r * depth, keys + n * depth, depth, scores + n);
+                with_vectors(columns / kLanes, [&](auto vectors) {
+                    score_tile<Dot, kRows, decltype(vectors)::value>(
+                        q + r * depth, keys + n * depth, depth, scores + n);
+                });
         }
         softmax_rows<kRows>(b, r, rows, j, left, right, scores, correction);
         const auto* weights = (const Element*)scores;
@@ -298,12 +301,13 @@ class Task {
         const int64_t end = std::clamp(one.keys.end - j, begin, right);
         if (begin > left) std::fill(scores + left, scores + begin, -INFINITY);
         if (end < right) std::fill(scores + end, scores + right, -INFINITY);
-        // Panels are a multiple of two vectors.
         Vec even = splat(-INFINITY), odd = even;
-        for (int64_t n = left; n < right; n += 2 * kLanes) {
+        int64_t n = left;
+        for (; n + 2 * kLanes <= right; n += 2 * kLanes) {
             even = max(load(scores + n), even);
             odd = max(load(scores + n + kLanes), odd);
         }
+        if (n < right) even = max(load(scores + n), even);
         return max(even, odd);
     }
 

@@ -231,13 +231,13 @@ class Task {
     void score_rows(int64_t b, int64_t h, int64_t i, int64_t rows, int64_t r, int64_t row,
                     int64_t j, int64_t count, KeyRange keys) {
         const int64_t left = keys.begin / kPanel * kPanel;
-        const int64_t right = round_up(keys.end, kPanel);
+        const int64_t right = round_up(keys.end, kKeyStep<Dot>);
         for (int64_t m = 0; a.bias && m < std::min(rows, a.seqlen_q - i); ++m)
             prefetch_bias(a, b, h, i + m, j + left, std::min(right, count) - left);
         for (int64_t n = left; n < right; n += kPanel) {
-            product<Dot>(rows, count - n, q_rows + r * l.stride, l.stride, 1,
+            product<Dot>(rows, right - n, q_rows + r * l.stride, l.stride, 1,
                          k_transposed + n * l.depth, l.depth, scores + n, kScoresStride, false);
-            product<Dot>(rows, count - n, dout_rows + r * l.stride_v, l.stride_v, 1,
+            product<Dot>(rows, right - n, dout_rows + r * l.stride_v, l.stride_v, 1,
                          v_transposed + n * l.depth_v, l.depth_v, dp + n, kScoresStride, false);
         }
         for (int64_t m = 0; m < rows; m += 2) {

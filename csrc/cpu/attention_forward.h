@@ -59,13 +59,13 @@ struct Operand {
 };
 
 // scores[m][panel] = Q[m] . K^T for the tile's rows.
-template <class Dot, int kRows>
+template <class Dot, int kRows, int kVectors>
 void score_tile(const typename Dot::Element* q, const typename Dot::Element* k, int64_t depth,
                 float* scores) {
-    Vec acc[kRows][kTileVectors];
-    for_each_vector<kRows, kTileVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
-    tile<Dot, kRows, kTileVectors>(q, depth, 1, k, kPanel, depth, acc);
-    for_each_vector<kRows, kTileVectors>(
+    Vec acc[kRows][kVectors];
+    for_each_vector<kRows, kVectors>([&](int m, int n) { acc[m][n] = Vec{}; });
+    tile<Dot, kRows, kVectors>(q, depth, 1, k, kPanel, depth, acc);
+    for_each_vector<kRows, kVectors>(
         [&](int m, int n) { store(scores + m * kBlockN + n * kLanes, acc[m][n]); });
 }
 

@@ -10,6 +10,9 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 constexpr int kPanel = kTileVectors * kLanes;  // keys or columns of a tile
+// Scores of a tile are written up to a multiple of this.
+template <class Dot>
+constexpr int kKeyStep = Dot::kMatrix ? 2 * Dot::kDepthStep : kLanes;
 
 // The arguments of sequence b of a packed call as those of a call whose sequences are all like it.
 template <class Args>
