@@ -72,7 +72,9 @@ class Task {
             key_end = std::min(key_end, a.seqlen_k);
         }
         float* dq = part ? part : own;
-        std::memset(dq, 0, l.dq_size * sizeof(float));
+        for (int64_t block = 0; block < l.group * l.blocks_m; ++block)
+            clear_rows(dq + block * l.block_dq, kBlockM, a.seqlen_q - block % l.blocks_m * kBlockM,
+                       l.width);
         prepare_rows(b, head_kv, key_begin == 0);
         for (int64_t j = key_begin; j < key_end; j += l.block_n)
             key_block(b, head_kv, j, std::min(l.block_n, key_end - j), dq);
@@ -120,8 +122,8 @@ class Task {
     void key_block(int64_t b, int64_t head_kv, int64_t j, int64_t count, float* dq) {
         char* dk_to = at(a.dk, a.dtype, a.dk_strides, b, head_kv, j);
         char* dv_to = at(a.dv, a.dtype, a.dv_strides, b, head_kv, j);
-        std::memset(dk, 0, l.block_n * l.width * sizeof(float));
-        std::memset(dv, 0, l.block_n * l.width_v * sizeof(float));
+        clear_rows(dk, l.block_n, Dot::kMatrix ? l.block_n : count, l.width);
+        clear_rows(dv, l.block_n, Dot::kMatrix ? l.block_n : count, l.width_v);
         const int64_t seqlen_k =
             a.seqlens_k ? std::min<int64_t>(a.seqlens_k[b], a.seqlen_k) : a.seqlen_k;
         const int64_t valid = std::min(count, seqlen_k - j);
@@ -183,10 +185,12 @@ class Task {
         const bool cut = last.begin > j || first.end < j + count;
         if (cut) {
             // The products below read whole rectangles, of which tiles skip what no row sees.
-            const size_t bytes = padded / kPair * kScoresStride * sizeof(Element);
-            std::memset((void*)p, 0, bytes);
-            std::memset((void*)ds, 0, bytes);
-            if (kPair == 2) std::memset((void*)ds_rows, 0, bytes);
+            const int64_t columns = round_up(count, kPanel);
+            for (int64_t at = 0; at < padded / kPair * kScoresStride; at += kScoresStride) {
+                std::fill_n((float*)p + at, columns, 0.0f);
+                std::fill_n((float*)ds + at, columns, 0.0f);
+            }
+            if (kPair == 2) std::fill_n((float*)ds_rows, padded / kPair * kScoresStride, 0.0f);
         }
         for (int64_t r = 0; r < padded; r += kTileRows) {
             const KeyRange keys =

@@ -177,6 +177,13 @@ __attribute__((noinline)) void pack_transposed_panels(const float* from, int64_t
         pack_transposed(from + row * stride, stride, kPanel, stride, depth, to, kPanel);
 }
 
+// The first `rows` rows of accumulated panels (panel, panel_rows, kPanel), and a tile beyond.
+inline void clear_rows(float* panels, int64_t panel_rows, int64_t rows, int64_t width) {
+    const int64_t padded = std::min(panel_rows, round_up(std::max<int64_t>(rows, 0), 32));
+    for (int64_t n = 0; n < width; n += kPanel, panels += panel_rows * kPanel)
+        std::fill_n(panels, padded * kPanel, 0.0f);
+}
+
 // Accumulated panels (panel, panel_rows, kPanel), scaled, into rows of a caller's tensor.
 void store_rows(DType dtype, const float* from, int64_t panel_rows, int64_t rows, int64_t columns,
                 float scale, void* to, int64_t to_row) {
