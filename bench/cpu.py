@@ -27,6 +27,7 @@ FAMILIES = {
     "softmax": rows_ops.softmax,
     "ffn": rows_ops.ffn,
     "norm": rows_ops.norm,
+    "rotary": rows_ops.rotary,
     "cross_entropy": rows_ops.cross_entropy,
     "linear_cross_entropy": rows_ops.linear_cross_entropy,
     "models": rows_models.models,

@@ -6,6 +6,7 @@ import test_cross_entropy
 import test_ffn
 import test_linear_cross_entropy
 import test_norm
+import test_rotary
 import test_softmax
 import torch
 
@@ -36,6 +37,7 @@ SOFTMAX_BAR = 1.3
 BEYOND_CACHES = 50e6
 COPY_BAR = 0.9
 NORM_BAR = 1.3
+ROTARY_BAR = 1.3
 FFN_BARS = {"fp32": 1.2, "bf16": 1.1}
 CROSS_ENTROPY_SHAPES = [(4096, 512), (2048, 4096), (512, 32000)]
 CROSS_ENTROPY_BAR = 1.3
@@ -117,6 +119,20 @@ def norm(compare):
                     functions = {"torch": torchs, "fastattn": ours}
                     row |= compare(row, {n: direction(call, args) for n, call in functions.items()})
                     yield row | {"bytes_per_second": touched * args[0].nbytes / row["fastattn"]}
+
+
+def rotary(compare):
+    module = test_rotary
+    for dtype in ("fp32", "bf16"):
+        for form, functions in module.FORMS.items():
+            for shape in module.SHAPES:
+                x, tables = module.inputs(form, "bshd", shape, DTYPES[dtype])
+                for direction in (module.forward, module.backward):
+                    case = f"{size(shape)} {form}"
+                    row = labels("rotary", case, dtype, direction.__name__) | {"bar": ROTARY_BAR}
+                    rivals = {n: direction(call, x, *tables[n]) for n, call in functions.items()}
+                    row |= compare(row, rivals)
+                    yield row | {"bytes_per_second": 2 * x.nbytes / row["fastattn"]}
 
 
 def ffn(compare):

@@ -1,10 +1,7 @@
-"""fastattn.rotary beside eager torch; `python bench/test_rotary.py` prints them interleaved."""
-
-import argparse
+"""fastattn.rotary beside eager torch."""
 
 import pytest
 import torch
-from interleave import medians
 
 import fastattn
 
@@ -87,31 +84,3 @@ def test_rotary(benchmark, form, layout, shape, dtype, direction, library):
     benchmark.group = f"{form} {layout} {direction.__name__} {shape} {dtype}"
     x, tables = inputs(form, layout, shape, dtype)
     benchmark(direction(FORMS[form][library], x, *tables[library]))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
-    print(f"{'case':58} {'torch us':>9} {'ours us':>9} {'ratio':>6} {'GB/s':>6} {'of copy':>7}")
-    for dtype in DTYPES:
-        for form, libraries in FORMS.items():
-            for layout in LAYOUTS:
-                for shape in SHAPES:
-                    x, tables = inputs(form, layout, shape, dtype)
-                    for direction in (forward, backward):
-                        rivals = {n: direction(f, x, *tables[n]) for n, f in libraries.items()}
-                        seconds = medians(rivals | {"copy": x.clone})
-                        ours = seconds["fastattn"]
-                        rate = 2 * x.numel() * x.element_size() / ours
-                        case = f"{form} {layout} {direction.__name__} {shape} {dtype}"
-                        print(
-                            f"{case:58} {seconds['torch'] * 1e6:9.1f} {ours * 1e6:9.1f} "
-                            f"{seconds['torch'] / ours:6.2f} {rate / 1e9:6.1f} "
-                            f"{seconds['copy'] / ours:7.0%}",
-                            flush=True,
-                        )
-
-
-if __name__ == "__main__":
-    main()

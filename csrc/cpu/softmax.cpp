@@ -143,12 +143,14 @@ FASTATTN_INLINE float sum_of(int64_t n, Value value) {
     Vec total = splat(0.0f);
     for (int64_t start = 0; start < n; start += kSumRun) {
         const int64_t end = std::min(n, start + kSumRun);
-        Vec sums[4] = {};
+        Vec a = {}, b = {}, c = {}, d = {};
         int64_t j = start;
-        for (; j + 3 * kLanes < end; j += 4 * kLanes)
-            for (int i = 0; i < 4; ++i) sums[i] += value(j + i * kLanes);
-        for (; j < end; j += kLanes) sums[0] += value(j);
-        total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        for (; j + 3 * kLanes < end; j += 4 * kLanes) {
+            a += value(j), b += value(j + kLanes);
+            c += value(j + 2 * kLanes), d += value(j + 3 * kLanes);
+        }
+        for (; j < end; j += kLanes) a += value(j);
+        total += (a + b) + (c + d);
     }
     return reduce_add(total);
 }
