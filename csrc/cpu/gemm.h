@@ -228,8 +228,9 @@ Rows<Dot> group_of(const GemmOperand& a, int64_t m, int64_t rows, int64_t outer,
         pack_tiles<Dot>(a, m, rows, outer, k0, k, to);
         return {to, {1, kTileRows}, kTileRows * kRowStride};
     }
+    // Products read whole tiles.
     const bool whole = Dot::kMatrix ? rows % kMatrixRows == 0 && k % (2 * Dot::kDepthStep) == 0
-                                    : Dot::kPair == 1 && a.dtype == DType::float32;
+                                    : rows % kTileRows == 0 && a.dtype == DType::float32;
     // Elements of pairs are read at even places.
     if (whole && a.outer_stride % Dot::kPair == 0) {
         const int64_t stride = a.outer_stride / Dot::kPair;
