@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.p
 	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint format bench bench-cpu sanitize clean
+.PHONY: demo test lint format bench bench-cpu sanitize sanitize-threads clean
 
 # Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
 demo: $(VENV)/demo
@@ -51,6 +51,18 @@ sanitize: $(VENV)/dev
 	cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH='$(CURDIR)/build/sanitize/lib' \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		'$(CURDIR)/$(BIN)/python' -m pytest -s ops -k 'cpu and not compile and not opcheck'
+
+# Every op from several threads, on kernels built with ThreadSanitizer. clang's OpenMP runtime tells
+# it of its barriers (by libarcher); gcc's does not. Needs clang and its libomp-dev.
+sanitize-threads: $(VENV)/dev
+	CXX=clang++ CXXFLAGS='-fsanitize=thread -O1 -g1 -fno-omit-frame-pointer' \
+		$(BIN)/python setup.py -q build \
+		--build-base build/sanitize-threads --build-lib build/sanitize-threads/lib
+	cd tests && TSAN_OPTIONS=ignore_noninstrumented_modules=1 OMP_NUM_THREADS=4 \
+		OMP_TOOL_LIBRARIES="$$(dirname $$(realpath \
+		$$(command -v clang++)))/../lib/libarcher.so" PYTHONPATH='$(CURDIR)/build/sanitize-threads/lib' \
+		LD_PRELOAD="$$(c++ -print-file-name=libtsan.so)" \
+		'$(CURDIR)/$(BIN)/python' -m pytest -s ops/test_threads.py -k 'not forked'
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -18,15 +18,30 @@ def everything(seed):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    q, k, v, x = normal(2, 4, 200, 32), normal(2, 2, 300, 32), normal(2, 2, 300, 32), normal(40, 64)
-    w1, w2 = normal(96, 64), normal(64, 96)
+    q, k, v, x = (
+        normal(2, 4, 200, 32),
+        normal(2, 2, 300, 32),
+        normal(2, 2, 300, 32),
+        normal(400, 64),
+    )
+    w1, w2, g = normal(96, 64), normal(64, 96), normal(64)
+    angles = torch.arange(200)[:, None] * 10000 ** -torch.linspace(0, 1, 16)
+    targets = torch.randint(96, (400,), generator=generator)
+    halves = [t.bfloat16() for t in (q, k, v, x, w1, w2)]
     outs = (
         fastattn.attention(q, k, v, causal=True, dropout_p=0.1, seed=seed),
+        fastattn.attention(*halves[:3]),
         fastattn.softmax(x, dropout_p=0.2, seed=seed),
         fastattn.ffn(x, w1, None, w2, None, activation="gelu"),
+        fastattn.ffn(*halves[3:5], None, halves[5], None),
+        fastattn.layer_norm(x, g),
+        fastattn.rms_norm(x, g),
+        fastattn.rotary(q, angles.cos(), angles.sin()),
+        fastattn.cross_entropy(x @ w1.T, targets),
+        fastattn.linear_cross_entropy(x, w1, targets),
     )
-    loss = sum(out.square().sum() for out in outs)
-    return *outs, *torch.autograd.grad(loss, (q, k, v, x, w1, w2))
+    loss = sum(out.float().square().sum() for out in outs)
+    return *outs, *torch.autograd.grad(loss, (q, k, v, x, w1, w2, g))
 
 
 def test_threads_do_not_disturb_each_other(backend):
