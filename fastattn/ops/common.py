@@ -1,6 +1,5 @@
 """What every op shares: when an eager call may skip torch's dispatcher, and autocast."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -115,16 +114,6 @@ def as_rank(tensor: Tensor | None, rank: int) -> Tensor | None:
     return tensor[(None,) * (rank - tensor.dim())]
 
 
-def schema(fn: Callable, returns: int) -> str:
-    """The torch.library schema of `fn`'s arguments, with `returns` tensors as its result.
-
-    Operators return tensors only: where `fn` may return None, they return an empty one.
-    """
-    arguments = torch.library.infer_schema(_returning_tensor(fn), mutates_args=())
-    results = ", ".join(["Tensor"] * returns)
-    return f"{arguments.rsplit('->', 1)[0]}-> ({results})"
-
-
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -137,18 +126,12 @@ _SCHEMA_TYPES = {
 
 
 def schema_of(*tuples: type) -> str:
-    """The fields of NamedTuples as arguments of a torch.library schema."""
+    """The fields of NamedTuples as arguments of a torch.library schema.
+
+    Operators return tensors only: where an op's function may return None, they return an empty one.
+    """
     return ", ".join(
         f"{_SCHEMA_TYPES[kind]} {name}"
         for fields in tuples
         for name, kind in get_type_hints(fields).items()
     )
-
-
-def _returning_tensor(fn: Callable) -> Callable:
-    def declared():
-        raise NotImplementedError
-
-    signature = inspect.signature(fn).replace(return_annotation=Tensor)
-    declared.__signature__ = signature  # type: ignore[attr-defined]
-    return declared
