@@ -21,7 +21,7 @@
 
 #include "cpu/philox.h"
 #include "cpu/scratch.h"
-#include "cpu/vec.h"
+#include "cpu/tile.h"
 
 namespace {
 
@@ -30,8 +30,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kTaskElements = 16384;
 constexpr int kBiasTasks = 16;
 constexpr int64_t kSumRun = 1024;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Walks the rows, keeping each operand's offset.
 template <int Operands>
@@ -136,20 +134,20 @@ float max_of(const float* scores, int64_t n) {
     return reduce_max(top);
 }
 
-// Adds up kLanes sums, of `value(j)` for j = 0, kLanes, ... below n, in runs of kSumRun, so that
+// Adds up kLanes sums, of `value(j)` for j = 0, kStep, ... below n, in runs of kSumRun, so that
 // the rounding error does not grow with n.
-template <class Value>
+template <int kStep = kLanes, class Value>
 FASTATTN_INLINE float sum_of(int64_t n, Value value) {
     Vec total = splat(0.0f);
     for (int64_t start = 0; start < n; start += kSumRun) {
         const int64_t end = std::min(n, start + kSumRun);
         Vec a = {}, b = {}, c = {}, d = {};
         int64_t j = start;
-        for (; j + 3 * kLanes < end; j += 4 * kLanes) {
-            a += value(j), b += value(j + kLanes);
-            c += value(j + 2 * kLanes), d += value(j + 3 * kLanes);
+        for (; j + 3 * kStep < end; j += 4 * kStep) {
+            a += value(j), b += value(j + kStep);
+            c += value(j + 2 * kStep), d += value(j + 3 * kStep);
         }
-        for (; j < end; j += kLanes) a += value(j);
+        for (; j < end; j += kStep) a += value(j);
         total += (a + b) + (c + d);
     }
     return reduce_add(total);
@@ -309,17 +307,36 @@ void score_gradient(const SoftmaxBwdArgs& args, const T* weights, const T* dout,
 }
 
 // The gradient of one row without dropout, log or bias: two passes, nothing kept between them.
+// bfloat16 by pairs: a lane's two are each a shift or a mask away from floats.
 template <typename T>
 void row_gradient(const T* weights, const T* dout, float scale, int64_t n, T* dx) {
+    constexpr bool kPairs = std::is_same_v<T, BF16>;
+    const int64_t paired = kPairs ? n / (2 * kLanes) * (2 * kLanes) : 0;
     const int64_t whole = n / kLanes * kLanes, rest = n - whole;
     Vec last_w = {}, last_g = {};
     if (rest) last_w = load(weights + whole, rest), last_g = load(dout + whole, rest);
-    const float sum = sum_of(whole, [=](int64_t j) { return load(weights + j) * load(dout + j); }) +
-                      (rest ? reduce_add(last_w * last_g) : 0.0f);
+    float sum = rest ? reduce_add(last_w * last_g) : 0.0f;
+    if constexpr (kPairs) {
+        sum += sum_of<2 * kLanes>(paired, [=](int64_t j) {
+            const EvenOdd w = load_even_odd(weights + j), g = load_even_odd(dout + j);
+            return w.even * g.even + w.odd * g.odd;
+        });
+    }
+    const auto product = [=](int64_t j) {
+        return load(weights + paired + j) * load(dout + paired + j);
+    };
+    sum += sum_of(whole - paired, product);
     const Vec total = splat(sum), factor = splat(scale);
-    for (int64_t j = 0; j < whole; j += kLanes)
-        store(dx + j, load(weights + j) * (load(dout + j) - total) * factor);
-    if (rest) store(dx + whole, last_w * (last_g - total) * factor, rest);
+    const auto gradient = [=](Vec w, Vec g) { return w * (g - total) * factor; };
+    if constexpr (kPairs) {
+        for (int64_t j = 0; j < paired; j += 2 * kLanes) {
+            const EvenOdd w = load_even_odd(weights + j), g = load_even_odd(dout + j);
+            store_even_odd(dx + j, {gradient(w.even, g.even), gradient(w.odd, g.odd)});
+        }
+    }
+    for (int64_t j = paired; j < whole; j += kLanes)
+        store(dx + j, gradient(load(weights + j), load(dout + j)));
+    if (rest) store(dx + whole, gradient(last_w, last_g), rest);
 }
 
 void add_to(float* sums, const float* values, int64_t n, bool columns) {

@@ -109,6 +109,41 @@ FASTATTN_INLINE void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
     even = shuffle<even_lane>(low, high), odd = shuffle<odd_lane>(low, high);
 }
 
+// 2 * kLanes elements, those of even and those of odd index.
+struct EvenOdd {
+    Vec even, odd;
+};
+template <class T>
+FASTATTN_INLINE EvenOdd load_even_odd(const T* p) {
+    EvenOdd v;
+    unzip(load(p), load(p + kLanes), v.even, v.odd);
+    return v;
+}
+template <class T>
+FASTATTN_INLINE void store_even_odd(T* p, EvenOdd v) {
+    Vec low, high;
+    zip(v.even, v.odd, low, high);
+    store(p, low);
+    store(p + kLanes, high);
+}
+// A lane of 32 bits holds two bfloat16, each but for its position the upper half of a float.
+FASTATTN_INLINE EvenOdd load_even_odd(const BF16* p) {
+    UintVec both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return {(Vec)(both << 16), (Vec)(both & 0xffff0000u)};
+}
+FASTATTN_INLINE void store_even_odd(BF16* p, EvenOdd v) {
+#if FASTATTN_AVX512_BF16
+    const IntVec lane = lane_index();
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.odd, (__m512)v.even);
+    const UintVec both =
+        (UintVec)_mm512_permutexvar_epi16((__m512i)(lane | ((lane + kLanes) << 16)), halves);
+#else
+    const UintVec both = bf16_bits(v.even) | (bf16_bits(v.odd) << 16);
+#endif
+    __builtin_memcpy(p, &both, sizeof both);
+}
+
 // Transposes kLanes x kLanes elements in place: log2(kLanes) rounds of zipping row i with row
 // i + kLanes / 2.
 FASTATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
