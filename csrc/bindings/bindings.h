@@ -7,6 +7,11 @@
 
 #include <array>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/cross_entropy.h"
 #include "cpu/dropout.h"
 #include "cpu/dtype.h"
@@ -28,6 +33,22 @@ struct Strided {
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// The address of a result. A large one is fresh from the system, and its page faults would cost
+// more than the kernel: the system is asked for huge pages. glibc maps all from 32 MiB on anew.
+template <class T>
+T* result(uintptr_t address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (address && bytes >= 32 << 20) {
+        static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+        const uintptr_t begin = address / page * page;
+        madvise(reinterpret_cast<void*>(begin), address + uintptr_t(bytes) - begin, MADV_HUGEPAGE);
+    }
+#else
+    (void)bytes;
+#endif
+    return pointer<T>(address);
 }
 
 inline Dropout read_dropout(double dropout_p, uintptr_t seed) {

@@ -8,11 +8,16 @@ NormShape norm_shape(const Ints<5>& shape) {
     return {DType(shape[0]), DType(shape[1]), shape[2], shape[3], shape[4] != 0};
 }
 
+int64_t result_bytes(const NormShape& shape) {
+    return shape.rows * shape.columns * itemsize(shape.dtype);
+}
+
 void norm_fwd(const Ints<5>& shape, float eps, uintptr_t x, int64_t x_stride, uintptr_t residual,
               int64_t residual_stride, uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t sum,
               uintptr_t stats) {
+    const NormShape sizes = norm_shape(shape);
     const NormFwdArgs args{
-        .shape = norm_shape(shape),
+        .shape = sizes,
         .eps = eps,
         .x = pointer<void>(x),
         .x_stride = x_stride,
@@ -20,8 +25,8 @@ void norm_fwd(const Ints<5>& shape, float eps, uintptr_t x, int64_t x_stride, ui
         .residual_stride = residual_stride,
         .weight = pointer<void>(weight),
         .bias = pointer<void>(bias),
-        .y = pointer<void>(y),
-        .sum = pointer<void>(sum),
+        .y = result<void>(y, result_bytes(sizes)),
+        .sum = result<void>(sum, result_bytes(sizes)),
         .stats = pointer<float>(stats),
     };
     py::gil_scoped_release release;
@@ -31,8 +36,9 @@ void norm_fwd(const Ints<5>& shape, float eps, uintptr_t x, int64_t x_stride, ui
 void norm_bwd(const Ints<5>& shape, uintptr_t x, int64_t x_stride, uintptr_t dy, int64_t dy_stride,
               uintptr_t dsum, int64_t dsum_stride, uintptr_t weight, uintptr_t stats, uintptr_t dx,
               uintptr_t dweight, uintptr_t dbias) {
+    const NormShape sizes = norm_shape(shape);
     const NormBwdArgs args{
-        .shape = norm_shape(shape),
+        .shape = sizes,
         .x = pointer<void>(x),
         .x_stride = x_stride,
         .dy = pointer<void>(dy),
@@ -41,7 +47,7 @@ void norm_bwd(const Ints<5>& shape, uintptr_t x, int64_t x_stride, uintptr_t dy,
         .dsum_stride = dsum_stride,
         .weight = pointer<void>(weight),
         .stats = pointer<float>(stats),
-        .dx = pointer<void>(dx),
+        .dx = result<void>(dx, result_bytes(sizes)),
         .dweight = pointer<void>(dweight),
         .dbias = pointer<void>(dbias),
     };

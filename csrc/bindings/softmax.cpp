@@ -27,6 +27,11 @@ SoftmaxShape read_shape(const py::tuple& sizes) {
     return shape;
 }
 
+template <class Args>
+int64_t result_bytes(const Args& args) {
+    return args.shape.rows * args.shape.columns * itemsize(args.dtype);
+}
+
 void softmax_fwd(DType dtype, const py::tuple& shape, uintptr_t x, const py::tuple& x_strides,
                  uintptr_t mask, const py::tuple& mask_strides, DType bias_dtype, uintptr_t bias,
                  const py::tuple& bias_strides, float scale, bool causal, bool log,
@@ -47,8 +52,8 @@ void softmax_fwd(DType dtype, const py::tuple& shape, uintptr_t x, const py::tup
     args.causal = causal;
     args.log = log;
     args.dropout = read_dropout(dropout_p, seed);
-    args.out = pointer<void>(out);
-    args.weights = pointer<void>(weights);
+    args.out = result<void>(out, result_bytes(args));
+    args.weights = result<void>(weights, result_bytes(args));
     py::gil_scoped_release release;
     kernels().softmax_fwd(args);
 }
@@ -68,7 +73,7 @@ void softmax_bwd(DType dtype, const py::tuple& shape, uintptr_t weights, uintptr
     args.scale = scale;
     args.log = log;
     args.dropout = read_dropout(dropout_p, seed);
-    args.dx = pointer<void>(dx);
+    args.dx = result<void>(dx, result_bytes(args));
     args.bias_dtype = bias_dtype;
     args.dbias = pointer<void>(dbias);
     if (dbias) {

@@ -1,11 +1,11 @@
 // softmax(scale * x + bias) over rows of columns, where mask and causal diagonal allow, with
 // dropout or the logarithm; and its gradient.
 //
-// A task owns a block of rows. Each row is read from memory once: its scores go to a float buffer
-// that stays in cache (maximum), where they become exponentials (sum), which are then scaled and
-// written out once. A row that sees nothing gives 0 (log: -inf). Rows are independent, so that the
-// result does not depend on the number of threads; the bias's gradient is summed in an order that
-// depends on the shapes alone.
+// A task owns a run of rows, of which short ones go kBlockRows at a time. Each row is read from
+// memory once: its scores go to a float buffer that stays in cache (maximum), where they become
+// exponentials (sum), which are then scaled and written out once. A row that sees nothing gives 0
+// (log: -inf). Rows are independent, so that the result does not depend on the number of threads;
+// the bias's gradient is summed in an order that depends on the shapes alone.
 #include "cpu/softmax.h"
 
 #include <algorithm>
@@ -29,6 +29,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Elements that one task handles, enough to hide the cost of scheduling it.
 constexpr int64_t kTaskElements = 16384;
 constexpr int kBiasTasks = 16;
+constexpr int kBlockRows = 4;
+constexpr int64_t kBlockColumns = 1024;
 constexpr int64_t kSumRun = 1024;
 
 // Walks the rows, keeping each operand's offset.
@@ -153,13 +155,16 @@ FASTATTN_INLINE float sum_of(int64_t n, Value value) {
     return reduce_add(total);
 }
 
-// exp(score - top), written back if Keep; returns the sum.
-template <bool Keep>
-float exponentials(float* scores, int64_t n, float top) {
+// exp(score - top), written back if `keep`; returns the sum. It computes more than it moves, so
+// that meanwhile the next row and the lines of the result come from memory.
+template <typename T>
+float exponentials(float* scores, int64_t n, float top, bool keep, const T* next, const T* out) {
     const Vec shift = splat(top);
     return sum_of(n, [=](int64_t j) {
+        __builtin_prefetch(next + j);
+        __builtin_prefetch(out + j, 1);
         const Vec e = exp(load(scores + j) - shift);
-        if (Keep) store(scores + j, e);
+        if (keep) store(scores + j, e);
         return e;
     });
 }
@@ -210,49 +215,77 @@ void write_logarithms(T* out, const float* values, float top, float log_sum, int
     }
 }
 
+// Rows in hand at a time: short ones don't wait for one another's maximum and sum.
+int64_t block_rows(int64_t columns) { return columns <= kBlockColumns ? kBlockRows : 1; }
+
+struct Row {
+    int64_t n;  // columns that the causal diagonal leaves
+    float top, sum;
+    bool visible;
+};
+
+// The scores of the row at the cursor, with bias and mask, and their maximum.
+template <typename T>
+Row read_row(const SoftmaxFwdArgs& args, const RowCursor<3>& cursor, int64_t row, float* scores) {
+    const int64_t columns = args.shape.columns;
+    const int64_t n = args.causal ? std::min(columns, row % args.shape.matrix_rows + 1) : columns;
+    float top =
+        load_scores(static_cast<const T*>(args.x) + cursor.offset[0], n, args.scale, scores);
+    if (args.bias) {
+        const int64_t at = cursor.offset[2];
+        if (args.bias_dtype == args.dtype) {
+            add_bias(static_cast<const T*>(args.bias) + at, args.bias_column_stride, n, scores);
+        } else {
+            add_bias(static_cast<const float*>(args.bias) + at, args.bias_column_stride, n, scores);
+        }
+    }
+    if (args.mask) hide(args.mask + cursor.offset[1], args.mask_column_stride, n, scores);
+    if (args.bias || args.mask) top = max_of(scores, n);
+    const bool visible =
+        top != -kInfinity || std::any_of(scores, scores + n, [](float s) { return s != s; });
+    return {.n = n, .top = top, .sum = 0.0f, .visible = visible};
+}
+
+// The result of a row whose scores have become exponentials (with log: have not).
+template <typename T>
+void write_row(const SoftmaxFwdArgs& args, const Row& row, int64_t index, float* scores, T* out) {
+    const int64_t columns = args.shape.columns, n = row.visible ? row.n : 0;
+    const float hidden = args.log ? -kInfinity : 0.0f;
+    if (args.weights) {
+        T* weights = static_cast<T*>(args.weights) + index * columns;
+        write_quotients(weights, scores, row.sum, n);
+        fill(weights + n, 0.0f, columns - n);
+        drop(args.dropout, index, n, scores);
+    }
+    if (args.log) {
+        write_logarithms(out, scores, row.top, std::log(row.sum), n);
+    } else {
+        write_quotients(out, scores, row.sum, n);
+    }
+    fill(out + n, hidden, columns - n);
+}
+
 template <typename T>
 void softmax_rows(const SoftmaxFwdArgs& args, RowCursor<3>& cursor, int64_t begin, int64_t end,
                   float* scores) {
-    const int64_t columns = args.shape.columns;
-    const float hidden = args.log ? -kInfinity : 0.0f;
+    const int64_t columns = args.shape.columns, width = round_up(columns, 64);
+    const int64_t step = block_rows(columns);
     cursor.seek(begin);
-    for (int64_t row = begin; row < end; ++row, cursor.advance()) {
-        T* out = static_cast<T*>(args.out) + row * columns;
-        T* weights = static_cast<T*>(args.weights);
-        if (weights) weights += row * columns;
-        const int64_t n =
-            args.causal ? std::min(columns, row % args.shape.matrix_rows + 1) : columns;
-        float top =
-            load_scores(static_cast<const T*>(args.x) + cursor.offset[0], n, args.scale, scores);
-        if (args.bias) {
-            const int64_t at = cursor.offset[2];
-            if (args.bias_dtype == args.dtype) {
-                add_bias(static_cast<const T*>(args.bias) + at, args.bias_column_stride, n, scores);
-            } else {
-                add_bias(static_cast<const float*>(args.bias) + at, args.bias_column_stride, n,
-                         scores);
-            }
+    for (int64_t first = begin; first < end; first += step) {
+        const int64_t rows = std::min(step, end - first);
+        T* out = static_cast<T*>(args.out) + first * columns;
+        Row block[kBlockRows];
+        for (int64_t r = 0; r < rows; ++r, cursor.advance())
+            block[r] = read_row<T>(args, cursor, first + r, scores + r * width);
+        for (int64_t r = 0; r < rows; ++r) {
+            Row& row = block[r];
+            if (!row.visible) continue;
+            const T* next = static_cast<const T*>(args.x) + cursor.offset[0] + r * columns;
+            row.sum = exponentials(scores + r * width, row.n, row.top, !args.log, next,
+                                   out + r * columns);
         }
-        if (args.mask) hide(args.mask + cursor.offset[1], args.mask_column_stride, n, scores);
-        if (args.bias || args.mask) top = max_of(scores, n);
-        if (top == -kInfinity && std::none_of(scores, scores + n, [](float s) { return s != s; })) {
-            fill(out, hidden, columns);
-            if (weights) fill(weights, 0.0f, columns);
-            continue;
-        }
-        if (args.log) {
-            const float sum = exponentials<false>(scores, n, top);
-            write_logarithms(out, scores, top, std::log(sum), n);
-        } else {
-            const float sum = exponentials<true>(scores, n, top);
-            if (args.dropout.threshold) {
-                write_quotients(weights, scores, sum, n);
-                fill(weights + n, 0.0f, columns - n);
-                drop(args.dropout, row, n, scores);
-            }
-            write_quotients(out, scores, sum, n);
-        }
-        fill(out + n, hidden, columns - n);
+        for (int64_t r = 0; r < rows; ++r)
+            write_row(args, block[r], first + r, scores + r * width, out + r * columns);
     }
 }
 
@@ -270,7 +303,7 @@ void softmax_fwd_of(const SoftmaxFwdArgs& args) {
 #pragma omp parallel if (tasks > 1)
     {
         RowCursor<3> cursor = rows;
-        float* scores = scratch<float>(round_up(shape.columns, 64));
+        float* scores = scratch<float>(block_rows(shape.columns) * round_up(shape.columns, 64));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t begin = task * step;
@@ -306,37 +339,64 @@ void score_gradient(const SoftmaxBwdArgs& args, const T* weights, const T* dout,
     }
 }
 
-// The gradient of one row without dropout, log or bias: two passes, nothing kept between them.
-// bfloat16 by pairs: a lane's two are each a shift or a mask away from floats.
+// bfloat16 goes by pairs: a lane's two are each a shift or a mask away from floats.
 template <typename T>
-void row_gradient(const T* weights, const T* dout, float scale, int64_t n, T* dx) {
-    constexpr bool kPairs = std::is_same_v<T, BF16>;
-    const int64_t paired = kPairs ? n / (2 * kLanes) * (2 * kLanes) : 0;
-    const int64_t whole = n / kLanes * kLanes, rest = n - whole;
-    Vec last_w = {}, last_g = {};
-    if (rest) last_w = load(weights + whole, rest), last_g = load(dout + whole, rest);
-    float sum = rest ? reduce_add(last_w * last_g) : 0.0f;
-    if constexpr (kPairs) {
-        sum += sum_of<2 * kLanes>(paired, [=](int64_t j) {
-            const EvenOdd w = load_even_odd(weights + j), g = load_even_odd(dout + j);
-            return w.even * g.even + w.odd * g.odd;
-        });
-    }
-    const auto product = [=](int64_t j) {
-        return load(weights + paired + j) * load(dout + paired + j);
-    };
-    sum += sum_of(whole - paired, product);
+constexpr bool kPairs = std::is_same_v<T, BF16>;
+
+// The gradient of a row without dropout, log or bias, given the sum of weights * dout. Meanwhile
+// the next rows come from memory, `ahead` elements further.
+template <typename T>
+void row_gradient(const T* weights, const T* dout, float sum, float scale, int64_t n, int64_t ahead,
+                  T* dx) {
     const Vec total = splat(sum), factor = splat(scale);
     const auto gradient = [=](Vec w, Vec g) { return w * (g - total) * factor; };
-    if constexpr (kPairs) {
-        for (int64_t j = 0; j < paired; j += 2 * kLanes) {
+    int64_t j = 0;
+    if constexpr (kPairs<T>) {
+        for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+            __builtin_prefetch(weights + j + ahead);
+            __builtin_prefetch(dout + j + ahead);
             const EvenOdd w = load_even_odd(weights + j), g = load_even_odd(dout + j);
             store_even_odd(dx + j, {gradient(w.even, g.even), gradient(w.odd, g.odd)});
         }
     }
-    for (int64_t j = paired; j < whole; j += kLanes)
-        store(dx + j, gradient(load(weights + j), load(dout + j)));
-    if (rest) store(dx + whole, gradient(last_w, last_g), rest);
+    for (; j < n; j += kLanes) {
+        __builtin_prefetch(weights + j + ahead);
+        __builtin_prefetch(dout + j + ahead);
+        store(dx + j, gradient(load(weights + j, n - j), load(dout + j, n - j)), n - j);
+    }
+}
+
+template <typename T>
+float dot(const T* a, const T* b, int64_t n) {
+    float sum = 0.0f;
+    if constexpr (kPairs<T>) {
+        const int64_t paired = n / (2 * kLanes) * (2 * kLanes);
+        sum = sum_of<2 * kLanes>(paired, [=](int64_t j) {
+            const EvenOdd x = load_even_odd(a + j), y = load_even_odd(b + j);
+            return x.even * y.even + x.odd * y.odd;
+        });
+        a += paired, b += paired, n -= paired;
+    }
+    return sum + sum_of(n, [=](int64_t j) { return load(a + j, n - j) * load(b + j, n - j); });
+}
+
+// The gradient of rows without dropout, log or bias: two passes, nothing kept between them.
+template <typename T>
+void plain_gradient(const SoftmaxBwdArgs& args, RowCursor<2>& cursor, int64_t begin, int64_t end) {
+    const int64_t columns = args.shape.columns, step = block_rows(columns);
+    for (int64_t first = begin; first < end; first += step) {
+        const int64_t rows = std::min(step, end - first);
+        const T *weights[kBlockRows], *dout[kBlockRows];
+        float sums[kBlockRows];
+        for (int64_t r = 0; r < rows; ++r, cursor.advance()) {
+            weights[r] = static_cast<const T*>(args.weights) + (first + r) * columns;
+            dout[r] = static_cast<const T*>(args.dout) + cursor.offset[1];
+            sums[r] = dot(weights[r], dout[r], columns);
+        }
+        T* dx = static_cast<T*>(args.dx) + first * columns;
+        for (int64_t r = 0; r < rows; ++r, dx += columns)
+            row_gradient(weights[r], dout[r], sums[r], args.scale, columns, rows * columns, dx);
+    }
 }
 
 void add_to(float* sums, const float* values, int64_t n, bool columns) {
@@ -387,15 +447,15 @@ void softmax_bwd_of(const SoftmaxBwdArgs& args) {
             const int64_t begin = task / parts * run + task % parts * step;
             const int64_t end = std::min(begin + step, (task / parts + 1) * run);
             cursor.seek(begin);
+            if (simple) {
+                plain_gradient<T>(args, cursor, begin, end);
+                continue;
+            }
             for (int64_t at = begin; at < end; ++at, cursor.advance()) {
                 const int64_t row = cursor.offset[0];
                 const T* weights = static_cast<const T*>(args.weights) + row * shape.columns;
                 const T* dout = static_cast<const T*>(args.dout) + cursor.offset[1];
                 T* dx = static_cast<T*>(args.dx) + row * shape.columns;
-                if (simple) {
-                    row_gradient(weights, dout, args.scale, shape.columns, dx);
-                    continue;
-                }
                 score_gradient(args, weights, dout, row, dscores);
                 if (args.dbias) {
                     add_to(&partial[task * bias_columns], dscores, shape.columns,

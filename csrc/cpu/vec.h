@@ -94,9 +94,17 @@ FASTATTN_INLINE float reduce_max(Vec v) {
 
 // Conversions, to nearest even; NaN stays NaN.
 
-FASTATTN_INLINE Vec widen(BF16, HalfVec h) {
-    return (Vec)(__builtin_convertvector(h, UintVec) << 16);
+// Instead of __builtin_convertvector, of which GCC makes two halves.
+FASTATTN_INLINE UintVec zero_extend(HalfVec h) {
+#if FASTATTN_AVX512
+    return (UintVec)_mm512_cvtepu16_epi32((__m256i)h);
+#elif FASTATTN_AVX2
+    return (UintVec)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, UintVec);
+#endif
 }
+FASTATTN_INLINE Vec widen(BF16, HalfVec h) { return (Vec)(zero_extend(h) << 16); }
 // The 16 bits of the nearest bfloat16, in each lane.
 FASTATTN_INLINE UintVec bf16_bits(Vec v) {
     UintVec bits = (UintVec)v;
