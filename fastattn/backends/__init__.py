@@ -1,5 +1,5 @@
 """The backends, in the order in which `fastattn.dispatch` asks them."""
 
-from fastattn.backends import cpu, reference
+from fastattn.backends import cpu, reference, triton
 
-BACKENDS = (cpu, reference)
+BACKENDS = (cpu, triton, reference)

@@ -86,7 +86,8 @@ def test_dropout(backend, columns, dtype):
 )
 @given(data=st.data())
 def test_random_calls(backend, data):
-    shape = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
+    most = 9 if backend == "triton" else 40  # the interpreter takes its time
+    shape = data.draw(st.lists(st.integers(1, most), min_size=2, max_size=4))
     shape[-1] = data.draw(st.integers(1, 300))
     dtype = data.draw(st.sampled_from(DTYPES))
     kwargs = dict(scale=data.draw(st.floats(-3, 3)), causal=data.draw(st.booleans()))

@@ -1,0 +1,103 @@
+"""How a kernel is launched: on its tensors' device, interpreted, or compiled ahead of time."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for: it decides on the configuration."""
+
+    backend: str  # "cuda", "hip" or "interpreter"
+    arch: int | str  # 80, 90, 100; "gfx942"; 0 for the interpreter
+
+    @property
+    def capability(self) -> int:
+        """10 times the compute capability, 0 where there is none."""
+        return self.arch if isinstance(self.arch, int) else 0
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# TRITON_INTERPRET=1 at import: kernels run in Python, on tensors of any device.
+INTERPRETED: bool = not isinstance(_probe, triton.runtime.JITFunction)
+INTERPRETER = Target("interpreter", 0)
+if INTERPRETED:
+    from fastattn.kernels import interpreter  # noqa: F401
+
+
+class Compiled(NamedTuple):
+    """One kernel compiled ahead of time."""
+
+    kernel: str
+    options: dict[str, Any]  # constexprs, num_warps, num_stages
+    result: Any  # Triton's CompiledKernel
+
+
+_ahead_of_time: tuple[Target, list[Compiled]] | None = None
+
+
+@contextmanager
+def ahead_of_time(target: Target) -> Iterator[list[Compiled]]:
+    """In the block, launches on meta tensors compile for `target` and run nothing.
+
+    Triton's active driver must be one that reports this target.
+    """
+    global _ahead_of_time
+    compiled: list[Compiled] = []
+    _ahead_of_time = (target, compiled)
+    try:
+        yield compiled
+    finally:
+        _ahead_of_time = None
+
+
+@functools.cache
+def _target_of(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0])
+    return Target("cuda", 10 * properties.major + properties.minor)
+
+
+def target(tensor: Tensor) -> Target:
+    """What a kernel on `tensor` is compiled for."""
+    if _ahead_of_time is not None:
+        return _ahead_of_time[0]
+    return INTERPRETER if INTERPRETED else _target_of(tensor.device.index)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run `kernel` on the device and the current stream of its first argument, a tensor.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: how many programs; an empty one runs nothing.
+        args: tensors, None for an absent one, and numbers.
+        options: constexprs, num_warps and num_stages.
+    """
+    if 0 in grid:
+        return
+    if _ahead_of_time is not None:
+        result = kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options)
+        _ahead_of_time[1].append(Compiled(kernel.__name__, options, result))
+    elif INTERPRETED:
+        kernel[grid](*args, **options)
+    elif args[0].device.index == torch.cuda.current_device():
+        kernel[grid](*args, enable_fp_fusion=True, **options)
+    else:
+        with torch.cuda.device(args[0].device):
+            kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of products: TF32 only where torch's own products may use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
