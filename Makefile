@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.p
 	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint format bench bench-cpu sanitize sanitize-threads clean
+.PHONY: demo test lint format aot bench bench-cpu sanitize sanitize-threads clean
 
 # Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
 demo: $(VENV)/demo
@@ -35,6 +35,10 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The Triton kernels, compiled for GPUs of every kind that CI holds them to: none is needed.
+aot: $(VENV)/dev
+	cd $(VENV) && bin/python -m fastattn.kernels.aot
 
 bench: $(VENV)/dev
 	cd bench && '$(CURDIR)/$(BIN)/pytest' .

@@ -1,4 +1,4 @@
-"""The command line, ``python -m fastattn`` or ``fastattn``: info and demo."""
+"""The command line, ``python -m fastattn`` or ``fastattn``: info, demo and tune."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastattn
+from fastattn import tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +33,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="for the report"
     )
     demo.set_defaults(run=_demo)
+
+    tuned = commands.add_parser("tune", help="choose the Triton kernels' configurations by timing")
+    tuned.add_argument("--ops", nargs="+", choices=tune.OPS, default=list(tune.OPS), metavar="OP")
+    tuned.add_argument("--dtype", nargs="+", choices=tune.DTYPES, default=list(tune.DTYPES[:2]))
+    tuned.add_argument("--quick", action="store_true", help="fewer problems")
+    tuned.set_defaults(run=_tune)
     return parser
 
 
@@ -41,6 +48,10 @@ def _info(arguments: argparse.Namespace) -> int:
     facts = info.collect()
     print(json.dumps(facts, indent=2) if arguments.json else info.render(facts))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    return tune.run(arguments.ops, arguments.dtype, arguments.quick)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import torch
 
 import fastattn
 from fastattn.backends import BACKENDS
+from fastattn.kernels import tuning
 
 ENVIRONMENT = (
     "FASTATTN_BACKEND",
@@ -26,6 +27,7 @@ ENVIRONMENT = (
 def collect() -> dict[str, Any]:
     """The facts, in a form that JSON can hold."""
     native = _native()
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "fastattn": fastattn.__version__,
         "path": str(Path(fastattn.__file__).parent),
@@ -38,9 +40,11 @@ def collect() -> dict[str, Any]:
         "cuda": {
             "driver": _cuda_driver(),
             "torch": torch.version.cuda,
-            "devices": [
-                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-            ],
+            "devices": devices,
+        },
+        "tuned": {
+            "folder": str(tuning.folder()),
+            "configurations": {gpu: len(tuning.load(gpu)) for gpu in devices},
         },
         "backends": _backends() if native.get("isa", "") is not None else {},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -71,6 +75,9 @@ def render(facts: dict[str, Any]) -> str:
         ("CUDA in torch", cuda["torch"] or "none"),
         ("CUDA devices", ", ".join(cuda["devices"]) or "none"),
     ]
+    tuned = facts["tuned"]
+    counts = [f"{count} for {gpu}" for gpu, count in tuned["configurations"].items()]
+    rows.append(("tuned kernels", f"{', '.join(counts) or 'no GPU'}, in {tuned['folder']}"))
     rows += [(name, value) for name, value in facts["environment"].items()]
     lines = [f"{name:<18} {value}" for name, value in rows]
     lines += ["", f"{'backend':<18} {'available':<10} runs, or why not"]

@@ -101,3 +101,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of products: TF32 only where torch's own products may use it."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@functools.cache
+def _processors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(tensor: Tensor) -> int:
+    """How many multiprocessors work on kernels on `tensor`."""
+    if _ahead_of_time is not None:
+        return 132
+    return 4 if INTERPRETED else _processors_of(tensor.device.index)

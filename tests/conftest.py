@@ -41,9 +41,9 @@ def backend(request):
         _C.set_isa(isa)
     try:
         on_gpu = name == "triton" and torch.cuda.is_available()
-        with torch.device("cuda") if on_gpu else contextlib.nullcontext():
-            with fastattn.use_backend(name):
-                yield name
+        device = torch.device("cuda") if on_gpu else contextlib.nullcontext()
+        with device, fastattn.use_backend(name):
+            yield name
     finally:
         if isa:
             _C.set_isa(before)

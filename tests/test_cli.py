@@ -1,8 +1,10 @@
-"""The command line: info in both forms, and errors in one line."""
+"""The command line: info in both forms, tune, and errors in one line."""
 
 import builtins
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,8 @@ import torch
 import fastattn
 from fastattn import cli
 from fastattn.backends import BACKENDS
+
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -69,6 +73,28 @@ def test_info_text_has_a_line_for_each_backend(capsys):
         assert any(line.startswith(f"{backend.NAME} ") for line in lines)
 
 
+def test_info_says_where_tuned_configurations_lie(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned = info_json(capsys)["tuned"]
+    gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    assert tuned == {
+        "folder": str(tmp_path / "fastattn"),
+        "configurations": dict.fromkeys(gpus, 0),
+    }
+
+
+def test_info_counts_the_tuned_configurations(capsys, monkeypatch, tmp_path):
+    from fastattn.kernels import tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Imaginary GPU")
+    tuning.store("Imaginary GPU", {"softmax_fwd|bfloat16 64": {"num_warps": 4}})
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"^tuned kernels +1 for Imaginary GPU, in {tmp_path}/fastattn$", text, re.M)
+
+
 def test_info_shows_the_environment_in_force():
     code = "from fastattn.cli import main; main(['info', '--json'])"
     done = run_python(code, FASTATTN_BACKEND="reference")
@@ -102,6 +128,43 @@ def test_demo_names_the_package_that_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without_demo)
     assert cli.main(["demo", "--quick"]) == 1
     assert "pip install 'fastattn[demo]'" in capsys.readouterr().err
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tunes for the GPU's sake")
+def test_tune_prints_and_stores_what_it_finds(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["tune", "--ops", "softmax", "--dtype", "float32", "--quick"]) == 0
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert header.split() == ["kernel", "shape", "class", "heuristic", "tuned", "configuration"]
+    row = r"softmax_(fwd|bwd) +float32 64 +\d+\.\d{3} ms +\d+\.\d{3} ms  BLOCK_ROWS=\d+ .*"
+    assert [re.fullmatch(row, line)[1] for line in rows] == ["fwd", "bwd"]
+    (file,) = (tmp_path / "fastattn").iterdir()
+    assert last == f"2 configurations in {file}"
+
+
+@pytest.mark.parametrize("argv", [["--ops", "nonsense"], ["--dtype", "float64"]])
+def test_tune_refuses_what_it_does_not_know(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["tune", *argv])
+    assert exit_.value.code == 2 and "invalid choice" in capsys.readouterr().err
+
+
+def test_tune_refuses_to_time_what_is_not_there():
+    code = "from fastattn.cli import main; raise SystemExit(main(['tune', '--quick']))"
+    done = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stderr.startswith("tuning ") and done.stderr.count("\n") == 1
+
+
+def test_info_and_tune_import_no_triton():
+    code = """
+import sys
+from fastattn import info, tune
+assert "triton" not in sys.modules
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_forced_instruction_set_is_used():

@@ -24,7 +24,7 @@ NAMESAKES = (
     "bench/test_{}.py",
 )
 # These rooms are held to it from the first op that moves in.
-OPTIONAL_NAMESAKES = ("kernels/{}.py", "csrc/cuda/{}.cu")
+OPTIONAL_NAMESAKES = ("fastattn/backends/triton/{}.py", "kernels/{}.py", "csrc/cuda/{}.cu")
 # A room may import from the rooms below it. Rooms on one line do not know each other.
 LEVELS = (
     ("kernels", "_C", "philox"),
@@ -33,7 +33,7 @@ LEVELS = (
     ("ops",),
     ("nn",),
     ("models", "integrations", "distributed"),
-    ("info",),
+    ("info", "tune"),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -153,6 +153,15 @@ def test_kernels_know_nothing_of_the_package():
             for name in imports(path, "fastattn.kernels")
             if room(name) not in (None, "kernels")
         ] == [], shown(path)
+
+
+def test_kernels_hold_ops_and_what_they_share():
+    files = {path.stem: imports(path, "fastattn.kernels") for path in ROOT.glob("kernels/*.py")}
+    shared = {
+        name.split(".")[2] for names in files.values() for name in names if "kernels." in name
+    }
+    of_an_op = {name for name in files if name.startswith(OPS)}
+    assert set(files) - of_an_op - shared == {"__init__", "aot"}
 
 
 def test_no_file_is_too_long():

@@ -47,7 +47,9 @@ def attention(
 
     Args:
         q: ``(batch, heads, seqlen_q, head_dim)``, or packed ``(total_q, heads, head_dim)``;
-            float32, float16, bfloat16, or float64 on the reference backend. Any strides.
+            float32, float16, bfloat16, or float64 on the reference backend. Any strides. Without
+            gradients also float8_e4m3fn, with output in bfloat16: scales of q and k go into
+            `softmax_scale`, that of v onto the output.
         k: ``(batch, heads_kv, seqlen_k, head_dim)``, packed ``(total_k, heads_kv, head_dim)``, or
             paged ``(num_pages, page_size, heads_kv, head_dim)``. `heads` is a multiple of
             `heads_kv` (grouped-query attention, Ainslie et al. 2023).
@@ -104,7 +106,7 @@ def attention(
     else:
         seed = None
     if bias is not None and bias.dtype not in (q.dtype, torch.float32):
-        bias = bias.to(q.dtype)
+        bias = bias.to(attention_problem.out_dtype(q.dtype))
     if sinks is not None:
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
@@ -127,6 +129,8 @@ def attention(
     if not common.is_plain(q, k, v, mask, bias, sinks) or q.is_meta:
         out, lse = torch.ops.fastattn.attention_fwd(*t, *scalars)
     elif common.needs_grad(q, k, v, bias, sinks):
+        if q.dtype == torch.float8_e4m3fn:
+            raise TypeError("q: no gradient is computed for torch.float8_e4m3fn; use torch.no_grad")
         out, lse = _Attention.apply(q, k, v, bias, sinks, (t, scalars))
     else:
         out, lse = _fwd(t, scalars, return_lse)
@@ -150,14 +154,15 @@ def _empty_outputs(t: AttentionTensors) -> tuple[Tensor, Tensor]:
     """Uninitialised out and lse in the layout that every backend gives them."""
     q, head_dim_v = t.q, t.v.shape[-1]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = attention_problem.out_dtype(q.dtype)
     if t.cu_seqlens_q is not None:
         total_q, heads, _ = q.shape
         return (
-            q.new_empty((total_q, heads, head_dim_v)),
+            q.new_empty((total_q, heads, head_dim_v), dtype=dtype),
             q.new_empty((heads, total_q), dtype=lse_dtype),
         )
     batch, heads, seqlen_q, _ = q.shape
-    out = q.new_empty((batch, seqlen_q, heads, head_dim_v)).transpose(1, 2)
+    out = q.new_empty((batch, seqlen_q, heads, head_dim_v), dtype=dtype).transpose(1, 2)
     return out, q.new_empty((batch, heads, seqlen_q), dtype=lse_dtype)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastattn.ops import common
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOAT8 = torch.float8_e4m3fn
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, _FLOAT8)
 
 
 class AttentionProblem(NamedTuple):
@@ -41,6 +42,16 @@ class AttentionProblem(NamedTuple):
     packed: bool
     page_size: int  # 0: not paged
     plain: bool  # no tensors but q, k and v
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """That of the output."""
+        return out_dtype(self.dtype)
+
+
+def out_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of attention's output for q, k and v of `dtype`."""
+    return torch.bfloat16 if dtype == _FLOAT8 else dtype
 
 
 class AttentionTensors(NamedTuple):
@@ -88,7 +99,7 @@ def check(
     q, k, v = t.q, t.k, t.v
     packed = t.cu_seqlens_q is not None
     paged = t.block_table is not None
-    _check_dtype_and_device(t)
+    _check_dtype_and_device(op, t)
     if packed:
         if t.cu_seqlens_k is None and not paged:
             raise ValueError("cu_seqlens_k: expected a tensor beside cu_seqlens_q, got None")
@@ -224,10 +235,12 @@ def check_values(t: AttentionTensors, problem: AttentionProblem) -> None:
         )
 
 
-def _check_dtype_and_device(t: AttentionTensors) -> None:
-    if t.q.dtype not in _DTYPES:
-        names = ", ".join(str(dtype) for dtype in _DTYPES)
-        raise TypeError(f"q: expected one of {names}, got {t.q.dtype}")
+def _check_dtype_and_device(op: str, t: AttentionTensors) -> None:
+    dtypes = _DTYPES if op == "attention_fwd" else _DTYPES[:-1]
+    if t.q.dtype not in dtypes:
+        names = ", ".join(str(dtype) for dtype in dtypes)
+        where = "" if op == "attention_fwd" else " where a gradient is needed"
+        raise TypeError(f"q: expected one of {names}{where}, got {t.q.dtype}")
     for name in ("k", "v"):
         dtype = getattr(t, name).dtype
         if dtype != t.q.dtype:

@@ -66,7 +66,7 @@ def cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or a target is
-            no class.
+            no class (on a GPU, which is not waited for, its loss is NaN instead).
         fastattn.BackendError: a forced backend cannot run the call.
     """
     common.check_tensor("logits", logits)

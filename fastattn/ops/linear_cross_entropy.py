@@ -80,14 +80,14 @@ def linear_cross_entropy(
         targets: ``(...)``, int64, each a class or `ignore_index`.
         bias: ``(vocabulary,)`` or None.
         ignore_index, label_smoothing, reduction: as in `cross_entropy`. Rows that are ignored cost
-            nothing.
+            nothing on a CPU.
 
     Returns:
         The loss, ``(...)`` or one element, as of `cross_entropy`: float32, float64 for float64.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or a target is
-            no class.
+            no class (on a GPU, which is not waited for, its loss is NaN instead).
         fastattn.BackendError: a forced backend cannot run the call.
     """
     for name, value in (("x", x), ("weight", weight), ("targets", targets)):

@@ -209,6 +209,20 @@ def test_extras(backend, extra, dtype):
     check(q, k, v, **kwargs)
 
 
+def test_float8(backend):
+    """Without gradients; the GPU's matrix units take the weights, too, in 8 bits."""
+    q, k, v = (t.to(torch.float8_e4m3fn) for t in make(seqlen_q=70, seqlen_k=70, head_dim=32))
+    skip_if_refused(backend, q, k, v)
+    out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    exact, exact_lse = oracle.attention(*(t.double() for t in (q, k, v)), causal=True)
+    assert out.dtype == torch.bfloat16
+    error = (out - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < (0.004 if backend == "reference" else 0.03)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="q: no gradient is computed for torch.float8_e4m3fn"):
+        fastattn.attention(q.requires_grad_(), k, v)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed(backend, causal):
     lengths_q, lengths_k = [5, 0, 70, 13], [9, 4, 130, 1]

@@ -14,7 +14,7 @@ def attention_fwd(problem, t, with_lse=True) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of attention (see `fastattn.attention`), lse in any case."""
     if not problem.packed:
         return _dense_fwd(problem, _unpaged(t), 0)
-    out = t.q.new_zeros(*t.q.shape[:2], problem.head_dim_v)
+    out = t.q.new_zeros(*t.q.shape[:2], problem.head_dim_v, dtype=problem.out_dtype)
     lse = torch.full(t.q.shape[1::-1], -math.inf, dtype=common.accumulate_dtype(t.q.dtype))
     lse = lse.to(t.q.device)
     for index, (rows, _, sequence) in enumerate(_sequences(t)):
@@ -54,7 +54,7 @@ def _dense_fwd(problem, t, first_batch: int) -> tuple[Tensor, Tensor]:
     if problem.dropout_p:
         p = p * _attention_dropout(problem, t, p, first_batch)
     out = p @ _per_query_head(t.v, problem.heads, scores.dtype)
-    return out.to(t.q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+    return out.to(problem.out_dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def _dense_bwd(problem, t, dout, dlse, first_batch: int) -> tuple[Tensor | None, ...]:

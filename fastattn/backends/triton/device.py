@@ -33,10 +33,13 @@ def refusals(problem) -> list[str]:
     missing = _missing()
     if missing:
         reasons.append(missing)
-    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    float8 = problem.dtype == torch.float8_e4m3fn and problem.op == "attention_fwd"
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16) and not float8:
         reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
     if problem.device == "cuda" and not INTERPRETED:
-        oldest = 80 if problem.dtype == torch.bfloat16 else 75
+        if float8 and torch.version.hip:
+            reasons.append(f"dtype={problem.dtype}, not on AMD GPUs")
+        oldest = 89 if float8 else 80 if problem.dtype == torch.bfloat16 else 75
         reasons += [f"{name} < sm_{oldest}" for name in _older_than(oldest)]
     return reasons
 
