@@ -23,7 +23,7 @@ demo: $(VENV)/demo
 	cd $(VENV) && bin/python -m fastattn demo --out '$(CURDIR)/fastattn-demo'
 
 test: $(VENV)/dev
-	cd tests && '$(CURDIR)/$(BIN)/pytest' .
+	cd tests && '$(CURDIR)/$(BIN)/pytest' -n auto --dist worksteal .
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _normal_cdf(x):
-    """``(1 + erf(x / sqrt(2))) / 2`` within 1.2e-7: of its tail's logarithm, a fitted polynomial."""
+    """``(1 + erf(x / sqrt(2))) / 2`` within 1.2e-7: a polynomial fitted to its tail's logarithm."""
     t = tl.abs(x)
     log2_tail = t * -8.764624e-7 + 1.5362955e-5
     log2_tail = log2_tail * t - 7.1556962e-5

@@ -1,8 +1,8 @@
 """Compile without a GPU what the kernel files' `shipped()` launch, and tell what each kernel takes.
 
 A line a kernel, configuration and target: registers and spilled bytes of a thread, shared bytes of
-a block. Exits 1 if one does not compile, needs more shared memory than the target has, or spills: on
-NVIDIA, in an innermost loop, since what is put aside around one costs nothing.
+a block. Exits 1 if one does not compile, needs more shared memory than the target has, or spills:
+on NVIDIA, in an innermost loop, since what is put aside around one costs nothing.
 """
 
 import argparse
@@ -185,9 +185,7 @@ def spills_in_loops(sass: str) -> bool:
 
     Of nested loops the innermost count. `sass` is what cuobjdump prints of a kernel.
     """
-    code = [
-        (int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
-    ]
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
     loops = []
     for at, text in code:
         branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)

@@ -40,7 +40,7 @@ FLOAT8_SCALE = tl.constexpr(256.0)  # weights up to 1 would leave half of the ex
 L2_BYTES = 32 << 20  # of keys and values that programs running at a time should read
 
 
-def configurations(on: Tensor, head_dim: int, rows: int, featured: bool) -> list[Config]:
+def configurations(on: Tensor, head_dim: int, rows: int, crowding: int) -> list[Config]:
     """Tiles by chip, width of the elements and head_dim: registers hold scores and results.
 
     What a call adds to the scores takes registers too: more warps share a tile then. float32 is
@@ -53,16 +53,24 @@ def configurations(on: Tensor, head_dim: int, rows: int, featured: bool) -> list
     if INTERPRETED:
         shapes = [(few or 128, 128, 4, 1)]
     elif few and (wide or size == 2):
-        shapes = [(few, (64, 32, 16)[size], 8, 1), (few, 16, 4, 1), (few, 32, 4, 1)]
+        least = 32 if on.dtype == torch.float8_e4m3fn else 16
+        shapes = [(few, (64, 32, least)[size], 8, 1), (few, least, 4, 1), (few, 32, 4, 1)]
     elif few:
         stages = 1 if chip.backend == "hip" else 3
         shapes = [(few, 64, 4, stages), (few, 128, 4, stages), (few, 64, 8, stages)]
     elif wide:
-        shapes = [((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1))[size], (32, 16, 4, 1)]
+        shapes = [
+            ((64, 32, 8, 1), (32, 16 if crowding else 32, 8, 1), (16, 16, 8, 1))[size],
+            (32, 16, 4, 1),
+        ]
     elif chip.backend == "hip":
         shapes = [((128, 64, 8, 1), (128, 32, 8, 1), (64, 32, 8, 1))[size], (64, 32, 4, 1)]
-    elif featured:
+    elif crowding == 2 or (crowding and size == 2):
         shapes = [((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1))[size], (64, 32, 4, 1)]
+    elif crowding:
+        shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+        if size == 1 and chip.capability < 90:
+            shapes = [(64, 64, 8, 2), (64, 32, 4, 2)]
     elif size == 0:
         shapes = [(128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 3)]
         if chip.capability >= 100:
@@ -70,7 +78,7 @@ def configurations(on: Tensor, head_dim: int, rows: int, featured: bool) -> list
     elif size == 1:
         shapes = [(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 32, 4, 3)]
     else:
-        shapes = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)]
+        shapes = [(128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)]
         if chip.capability < 90:
             shapes = [(64, 64, 8, 2), (64, 32, 4, 3)]
     return [
@@ -148,17 +156,20 @@ def _walk(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=[*SIZES, "batches_heads", "blocks", "section", "lse_part"])
+@triton.jit(do_not_specialize=[*SIZES, "batches_heads", "blocks", "section", "parts", "lse_part"])
 def _attention_fwd_kernel(
     q, k, v, out, lse, call, seqlen_q, seqlen_k, offset, batches_heads, blocks, section, group_size,
-    out_part, lse_part,
+    parts, out_part, lse_part,
     PLAIN: tl.constexpr, LATEST_FIRST: tl.constexpr, PACKED_HEADS: tl.constexpr,
-    PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows (i, head), PACKED_HEADS heads of each i, over one of PARTS of their keys."""
-    part = tl.program_id(0) % PARTS
-    program = tl.program_id(0) // PARTS
+    """BLOCK_M rows (i, head), PACKED_HEADS heads of each i, over one of `parts` of their keys."""
+    part = 0
+    program = tl.program_id(0)
+    if SPLIT:
+        part = program % parts
+        program = program // parts
     # Heads go by sections whose keys fit in the cache; in it, the longest blocks of rows first.
     first_head = program // (section * blocks) * section
     here = tl.minimum(section, batches_heads - first_head)
@@ -196,8 +207,8 @@ def _attention_fwd_kernel(
     start, full_start, full_end, end = key_range(call, first_row, last_row, offset, len_k, BLOCK_N)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    if PARTS > 1:
-        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK_N), PARTS) * BLOCK_N
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BLOCK_N), parts) * BLOCK_N
         start = start + part * share
         end = tl.minimum(end, start + share)
         full_start = tl.maximum(full_start, start)
@@ -244,10 +255,10 @@ def _attention_fwd_kernel(
         tl.store(at, row_lse[:, None], mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "seqlen_q", "parts"])
 def _attention_combine_kernel(
-    parts_ptr, parts_lse_ptr, out, lse_ptr, rows, heads, seqlen_q,
-    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    parts_ptr, parts_lse_ptr, out, lse_ptr, rows, heads, seqlen_q, parts,
+    BLOCK_PARTS: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One row (batch, head, i): the parts' results, each weighted by its share of the sum."""
@@ -255,7 +266,7 @@ def _attention_combine_kernel(
     part = tl.arange(0, BLOCK_PARTS)
     d = tl.arange(0, BLOCK_DV)
     part_lse = tl.load(
-        parts_lse_ptr + part * rows + row, mask=part < PARTS, other=float("-inf")
+        parts_lse_ptr + part * rows + row, mask=part < parts, other=float("-inf")
     )  # (BLOCK_PARTS,)
     top = tl.max(part_lse, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -295,10 +306,10 @@ def attention_fwd(
     group_size = heads // heads_kv
     packed_heads = group_size if call.seqlen_q * group_size <= PACKED_ROWS else 1
     rows = call.seqlen_q * packed_heads
-    block_d, block_dv = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
-    candidates = configurations(q, max(block_d, block_dv), rows, call.featured)
-    few = rows <= PACKED_ROWS
-    shape_class = (q.dtype, block_d, block_dv, few, call.window_right is not None, call.featured)
+    least = 32 if q.dtype == torch.float8_e4m3fn else 16  # of a product's inner dim
+    block_d, block_dv = (max(least, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
+    candidates = configurations(q, max(block_d, block_dv), rows, call.crowding)
+    shape_class = (q.dtype, block_d, block_dv, rows <= PACKED_ROWS, *call.shape_class)
     config = choose("attention_fwd", shape_class, candidates, q)
     blocks = triton.cdiv(rows, config["BLOCK_M"])
     batches_heads = batch * (heads // packed_heads)
@@ -321,16 +332,16 @@ def attention_fwd(
         _attention_fwd_kernel, (programs * parts,),
         rows_of(q), rows_of(k), rows_of(v), rows_of(result), rows_of(result_lse), call.in_kernels,
         call.seqlen_q, call.seqlen_k, call.offset, batches_heads, blocks, section, group_size,
-        out_part, lse_part,
+        parts, out_part, lse_part,
         PLAIN=call.plain, LATEST_FIRST=call.window_right is not None, PACKED_HEADS=packed_heads,
-        PARTS=parts, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], BLOCK_D=block_d,
+        SPLIT=parts > 1, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], BLOCK_D=block_d,
         BLOCK_DV=block_dv, PRECISION=precision(q.dtype), **config,
     )  # fmt: skip
     if parts > 1:
         launch(
             _attention_combine_kernel, (lse_part,),
-            result, result_lse, rows_of(out), lse, lse_part, heads, shape[-1],
-            PARTS=parts, BLOCK_PARTS=triton.next_power_of_2(parts), HEAD_DIM_V=v.shape[-1],
+            result, result_lse, rows_of(out), lse, lse_part, heads, shape[-1], parts,
+            BLOCK_PARTS=triton.next_power_of_2(parts), HEAD_DIM_V=v.shape[-1],
             BLOCK_DV=block_dv, num_warps=4,
         )  # fmt: skip
 
@@ -353,8 +364,10 @@ def shipped() -> None:
         lse = torch.empty(2, 8, seqlen_q, device="meta", dtype=torch.float32)
         plain, featured = sample_calls(seqlen_q)
         attention_fwd(q, k, k, torch.empty_like(q), lse, plain, 2)
-        if seqlen_q > 1:
+        if seqlen_q > 1 and (dtype == torch.bfloat16 or head_dim == 128):
             attention_fwd(q, k, k, torch.empty_like(q), lse, featured, 2)
+            masked = plain._replace(mask=featured.mask)
+            attention_fwd(q, k, k, torch.empty_like(q), lse, masked, 2)
     q = torch.empty(2, 8, 512, 128, device="meta", dtype=torch.float8_e4m3fn)
     if target(q).capability >= 90:
         out = torch.empty_like(q, dtype=torch.bfloat16)

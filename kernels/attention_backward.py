@@ -33,7 +33,7 @@ from fastattn.kernels.tuning import Config, choose
 from torch import Tensor
 
 
-def configurations(on: Tensor, head_dim: int, featured: bool, own_keys: bool) -> list[Config]:
+def configurations(on: Tensor, head_dim: int, crowding: int, own_keys: bool) -> list[Config]:
     """Tiles by chip, width of the elements and head_dim; `own_keys` is the kernel of dk and dv.
 
     That one holds two results and two tiles of scores in registers, so the side that it owns
@@ -47,10 +47,10 @@ def configurations(on: Tensor, head_dim: int, featured: bool, own_keys: bool) ->
         shapes = [((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))[size], (16, 16, 4, 1)]
     elif chip.backend == "hip":
         shapes = [((64, 64, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1))[size], (32, 32, 8, 1)]
-    elif featured and own_keys:
-        shapes = [((64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1))[size], (32, 32, 4, 1)]
-    elif featured or size == 2:
-        shapes = [((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1))[size], (32, 32, 4, 1)]
+    elif crowding and own_keys:
+        shapes = [((64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1))[size], (32, 32, 4, 1)]
+    elif crowding or size == 2:
+        shapes = [((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1))[size], (32, 32, 4, 1)]
     elif size == 0 or not own_keys:
         shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (128, 128, 8, 2)]
     else:
@@ -187,7 +187,8 @@ def _attention_dkdv_kernel(
         dk_tile, dv_tile = _walk_rows(
             dk_tile, dv_tile, keys, values, q, dout, lse, delta, call, batch, first_head,
             group_size, first_key, dj, start_q, len_q, len_k, offset, start,
-            tl.minimum(full_start, end), PLAIN, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
+            tl.minimum(full_start, end), PLAIN, True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     dk_tile, dv_tile = _walk_rows(
         dk_tile, dv_tile, keys, values, q, dout, lse, delta, call, batch, first_head, group_size,
@@ -301,7 +302,7 @@ def _attention_dbias_kernel(
     """
     tile = tl.program_id(0) % (blocks_m * blocks_n)
     own = tl.program_id(0) // (blocks_m * blocks_n)
-    own_batch, own_head = own // heads_bias, own % heads_bias
+    own_batch, own_head = (own // heads_bias).to(tl.int64), (own % heads_bias).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     d_v = tl.arange(0, BLOCK_DV)
     di = tl.arange(0, BLOCK_M)
@@ -310,8 +311,8 @@ def _attention_dbias_kernel(
     for step in range(batches * heads * rows * columns):
         first_key = (tile % blocks_n + step % columns) * BLOCK_N
         first_row = (tile // blocks_n + step // columns % rows) * BLOCK_M
-        head = (own_head + step // (columns * rows) % heads).to(tl.int64)
-        batch = (own_batch + step // (columns * rows * heads)).to(tl.int64)
+        head = own_head + step // (columns * rows) % heads
+        batch = own_batch + step // (columns * rows * heads)
         start_q, start_k, len_q, len_k, diagonal = extent(call, batch, seqlen_q, seqlen_k, offset)
         last_row = tl.minimum(first_row + BLOCK_M, len_q) - 1
         # Not names of other values above: a loop's must keep their types.
@@ -390,10 +391,10 @@ def attention_bwd(
         BLOCK_DV=block_dv, PRECISION=precision(q.dtype),
     )  # fmt: skip
     banded = call.window_right is not None
-    shape_class = (q.dtype, block_d, block_dv, banded, call.featured)
+    shape_class = (q.dtype, block_d, block_dv, *call.shape_class)
 
     def config(name: str, own_keys: bool) -> Config:
-        found = configurations(q, max(block_d, block_dv), call.featured, own_keys)
+        found = configurations(q, max(block_d, block_dv), call.crowding, own_keys)
         return choose(name, shape_class, found, q)
 
     inputs = (rows_of(q), rows_of(k), rows_of(v), rows_of(dout), rows_of(lse2), rows_of(delta))
@@ -428,6 +429,8 @@ def shipped() -> None:
         q = torch.empty(2, 8, 512, head_dim, device="meta", dtype=dtype)
         k = torch.empty(2, 2, 512, head_dim, device="meta", dtype=dtype)
         lse = torch.empty(2, 8, 512, device="meta", dtype=torch.float32)
-        dbias = torch.empty(2, 8, 512, 512, device="meta", dtype=dtype)
-        for call, grad in zip(sample_calls(512), (None, dbias)):
-            attention_bwd(q, k, k, q, q, lse, lse, lse, q, k, k, grad, call, 2)
+        plain, featured = sample_calls(512)
+        attention_bwd(q, k, k, q, q, lse, lse, lse, q, k, k, None, plain, 2)
+        if dtype == torch.bfloat16 or head_dim == 128:
+            dbias = torch.empty(2, 8, 512, 512, device="meta", dtype=dtype)
+            attention_bwd(q, k, k, q, q, lse, lse, lse, q, k, k, dbias, featured, 2)

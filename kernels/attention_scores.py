@@ -14,7 +14,7 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-UNBOUNDED = 1 << 30
+UNBOUNDED = 1 << 28  # sums of a position, an offset and a bound stay below 2^31
 SIZES = ("seqlen_q", "seqlen_k", "offset")  # of kernels, which are not compiled for each
 
 
@@ -74,9 +74,17 @@ class Call(NamedTuple):
         return self.softcap is self.bias is self.alibi is None and self.softmax_scale > 0
 
     @property
-    def featured(self) -> bool:
-        """Whether the scores take registers beyond those of plain attention."""
-        return not (self.plain and self.mask is self.seed is None)
+    def crowding(self) -> int:
+        """How many registers scores take beyond those of plain attention: 0 to 2, of a mask 1."""
+        if not self.plain or self.seed is not None:
+            return 2
+        return int(self.mask is not None)
+
+    @property
+    def shape_class(self) -> tuple:
+        """What of a call the best configuration depends on, beside dtype and head_dim."""
+        longest = next(n for n in (1024, 4096, 1 << 40) if self.seqlen_k <= n)
+        return min(longest, 16384), self.window_right is not None, self.crowding
 
 
 @triton.jit

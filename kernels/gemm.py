@@ -1,5 +1,4 @@
-"""Matrix products by tiles: the loop over the inner dim that the feed-forward network's kernels share,
-and the plain product ``a @ b + more_a @ more_b + bias``.
+"""Matrix products by tiles: the loop over the inner dim, and ``a @ b + more_a @ more_b + bias``.
 
 a (rows, inner) and b (inner, columns) lie in any strides: a transposed matrix is a view. A program
 owns a tile of BLOCK_M x BLOCK_N, or every n-th one if persistent; tiles go down GROUP at a time, so
@@ -15,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastattn.kernels.launch import INTERPRETED, Target, launch, precision, target
+from fastattn.kernels.launch import INTERPRETED, launch, precision, target
 from fastattn.kernels.tuning import Config, choose
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GROUP = 8  # rows of tiles
+_SPLITS = (1, 2, 4, 8, 16, 32, 64)  # shares of the inner dim
 
 
 class _Tile(NamedTuple):
@@ -29,11 +29,17 @@ class _Tile(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    DESCRIPTORS: bool = False  # operands are read by TMA where they can be
+    PERSISTENT: bool = False
 
 
+# Of the same blocks, the first is the heuristic's; descriptors have not been measured yet.
 _HALF_SM90 = (
     _Tile(128, 256, 64, 8, 3),
+    _Tile(128, 256, 64, 8, 3, DESCRIPTORS=True),
+    _Tile(128, 256, 64, 8, 3, DESCRIPTORS=True, PERSISTENT=True),
     _Tile(128, 128, 64, 8, 4),
+    _Tile(128, 128, 64, 8, 4, DESCRIPTORS=True, PERSISTENT=True),
     _Tile(64, 128, 64, 4, 4),
     _Tile(64, 64, 128, 4, 3),
     _Tile(16, 128, 128, 4, 4),
@@ -74,14 +80,15 @@ _FLOAT32 = (
 )
 # Without alignment a thread loads element by element, each into a register of its own.
 _HALF_UNALIGNED = (
-    _Tile(64, 128, 32, 8, 2),
+    _Tile(32, 128, 32, 8, 2),
     _Tile(16, 128, 32, 8, 2),
 )
 _FLOAT32_UNALIGNED = (
     _Tile(32, 128, 16, 8, 2),
     _Tile(16, 128, 16, 8, 2),
 )
-_INTERPRETER = (_Tile(256, 256, 256, 4, 1),)
+_HALF_INTERPRETER = (_Tile(256, 256, 256, 4, 1, DESCRIPTORS=True, PERSISTENT=True),)
+_FLOAT32_INTERPRETER = (_Tile(256, 256, 256, 4, 1),)
 
 
 class _Cost(NamedTuple):
@@ -92,23 +99,25 @@ class _Cost(NamedTuple):
     partial: float  # of writing and reading one partial sum
 
 
-_COSTS = {"half": _Cost(64, 1.3e7, 11), "float32": _Cost(16, 5e5, 0.5), "interpreter": _Cost(64, 3e7, 0)}
+_COST = _Cost(64, 1.3e7, 11)
+_COST_FLOAT32 = _Cost(16, 5e5, 0.5)
+_COST_INTERPRETER = _Cost(64, 3e7, 0)
 
 
-def _tiles(
-    where: Target, dtype: torch.dtype, aligned: bool
-) -> tuple[tuple[_Tile, ...], _Cost]:
+def _tiles(tensor: Tensor, aligned: bool) -> tuple[tuple[_Tile, ...], _Cost]:
+    where, single = target(tensor), tensor.dtype == torch.float32
+    hip, gfx11 = where.backend == "hip", str(where.arch).startswith("gfx11")
     if where.backend == "interpreter":
-        return _INTERPRETER, _COSTS["interpreter"]
-    if precision(dtype) == "tf32":
-        return _TF32, _COSTS["half"]
-    if dtype == torch.float32:
-        return _FLOAT32 if aligned else _FLOAT32_UNALIGNED, _COSTS["float32"]
+        return _FLOAT32_INTERPRETER if single else _HALF_INTERPRETER, _COST_INTERPRETER
+    if precision(tensor.dtype) == "tf32":
+        return _TF32, _COST
+    if single:  # the largest tiles would spill on AMD
+        return _FLOAT32[gfx11:] if aligned else _FLOAT32_UNALIGNED[hip:], _COST_FLOAT32
     if not aligned:
-        return _HALF_UNALIGNED, _COSTS["half"]
-    if where.backend == "hip":
-        return _HALF_GFX9 if str(where.arch).startswith("gfx9") else _HALF_GFX11, _COSTS["half"]
-    return _HALF_SM90 if where.capability >= 90 else _HALF_SM80, _COSTS["half"]
+        return _HALF_UNALIGNED, _COST
+    if hip:
+        return _HALF_GFX11 if gfx11 else _HALF_GFX9, _COST
+    return _HALF_SM90 if where.capability >= 90 else _HALF_SM80, _COST
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -130,58 +139,67 @@ def processors(tensor: Tensor) -> int:
 
 
 def configurations(
-    operands: Sequence[Tensor | None], rows: int, columns: int, inner: int, *,
+    operands: Sequence[Tensor | None], shape: tuple[int, int, int], *,
     accumulators: int = 1, narrowest: int = 1, largest: int = 1 << 16, most_splits: int = 1,
 ) -> list[Config]:  # fmt: skip
-    """Tiles, and shares of the inner dim, by predicted time.
+    """Tiles by predicted time, and the best one's variants.
 
     Args:
         operands: matrices on the device where the kernel will run.
-        rows, columns, inner: the shape of the product.
+        shape: rows, columns and inner dim of the product.
         accumulators: products that a program computes side by side; they share a tile's columns.
         narrowest, largest: bounds of a tile's columns and elements, those of all accumulators.
         most_splits: into how many shares the inner dim may go.
     """
     present = [matrix for matrix in operands if matrix is not None]
-    where, dtype, available = target(present[0]), present[0].dtype, processors(present[0])
-    tiles, cost = _tiles(where, dtype, all(map(_aligned, present)))
+    tiles, cost = _tiles(present[0], aligned=all(map(_aligned, present)))
+    available = processors(present[0])
+    return _ranked(tiles, cost, available, shape, accumulators, narrowest, largest, most_splits)
 
-    def time(tile: _Tile, splits: int) -> float:
-        m, n = tile.BLOCK_M, tile.BLOCK_N
-        programs = triton.cdiv(rows, m) * triton.cdiv(columns * accumulators, n) * splits
-        steps = triton.cdiv(triton.cdiv(inner, tile.BLOCK_K), splits) * tile.BLOCK_K
-        work = triton.cdiv(programs, available) * steps * (m * n + cost.load * (m + n))
-        sums = cost.launch + splits * rows * columns * cost.partial
-        return work + (sums if splits > 1 else 0)
 
-    splits = [2**i for i in range(most_splits.bit_length())]
+@functools.lru_cache(maxsize=4096)
+def _ranked(
+    tiles: tuple[_Tile, ...], cost: _Cost, available: int, shape: tuple[int, int, int],
+    accumulators: int, narrowest: int, largest: int, most_splits: int,
+) -> list[Config]:  # fmt: skip
+    rows, columns, inner = shape
+    whole = (rows, columns * accumulators, inner)
     usable = [
-        tile for tile in tiles if tile.BLOCK_N >= narrowest and tile.BLOCK_M * tile.BLOCK_N <= largest
+        tile
+        for tile in tiles
+        if narrowest <= tile.BLOCK_N and largest >= tile.BLOCK_M * tile.BLOCK_N
     ]
-    best = [min((time(tile, n), i, n) for n in splits) for i, tile in enumerate(usable)]
-    found = []
-    for _, i, share in sorted(best):
-        config = usable[i]._asdict() | dict(SPLITS=share, PERSISTENT=False, DESCRIPTORS=False)
-        config["BLOCK_N"] //= accumulators
-        found.append(config)
-    if where.capability >= 90 and dtype != torch.float32:
-        found.insert(1, found[0] | dict(PERSISTENT=True, DESCRIPTORS=True))
-        found.insert(2, found[0] | dict(PERSISTENT=True))
-    if where.backend == "interpreter" and dtype != torch.float32:
-        found[0] |= dict(PERSISTENT=True, DESCRIPTORS=True)
-    return found[:6]
+    usable.sort(key=lambda tile: _fastest(tile[:3], cost, available, whole, most_splits))
+    return [tile._asdict() | dict(BLOCK_N=tile.BLOCK_N // accumulators) for tile in usable[:6]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(
+    block: tuple[int, int, int], cost: _Cost, available: int, shape: tuple[int, int, int],
+    most_splits: int,
+) -> tuple[float, int]:  # fmt: skip
+    """The predicted time of a product by tiles of the shape `block`, and in how many shares."""
+    (m, n, k), (rows, columns, inner) = block, shape
+
+    def time(splits: int) -> float:
+        waves = triton.cdiv(triton.cdiv(rows, m) * triton.cdiv(columns, n) * splits, available)
+        steps = triton.cdiv(triton.cdiv(inner, k), splits)
+        work = waves * steps * k * (m * n + cost.load * (m + n))
+        return work + (cost.launch + splits * rows * columns * cost.partial if splits > 1 else 0)
+
+    return min((time(splits), splits) for splits in _SPLITS if splits <= most_splits)
 
 
 class Operand(NamedTuple):
     """How a kernel reads a matrix: what it is passed, with its strides, and in which way."""
 
     matrix: Any  # Tensor or TensorDescriptor
-    strides: tuple[int, int]
+    strides: tuple[int, ...]
     layout: str  # "strided"; "rows" or "columns" of a descriptor, whichever are contiguous
 
 
 def operand(matrix: Tensor | None, block: tuple[int, int], described: bool) -> Operand:
-    """`matrix`, of which a kernel reads tiles of the shape `block`, by a descriptor where it can be."""
+    """How a kernel reads tiles of the shape `block`: if asked for by a descriptor, where it can."""
     if matrix is None:
         return Operand(None, (0, 0), "strided")
     strides = matrix.stride()
@@ -331,16 +349,23 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _sum_partials_kernel(partials_ptr, bias_ptr, out_ptr, size, columns, splits, BLOCK: tl.constexpr):
+def _sum_partials_kernel(
+    partials_ptr, bias_ptr, out_ptr, size, columns, splits,
+    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(partials_ptr + at, mask=inside, other=0.0)
-        partials_ptr += size
+    split = tl.arange(0, BLOCK_SPLITS)
+    partials_ptr += split.to(tl.int64)[:, None] * size + at[None, :]
+    acc = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_SPLITS):
+        there = (split < splits - first)[:, None] & inside[None, :]
+        acc += tl.load(partials_ptr, mask=there, other=0.0)
+        partials_ptr += tl.cast(size, tl.int64) * BLOCK_SPLITS
+    out = tl.sum(acc, 0)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + at % columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        out += tl.load(bias_ptr + at % columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def gemm(
@@ -357,23 +382,24 @@ def gemm(
     The operands, more_a like a and more_b like b, lie in any strides.
     """
     (rows, inner), columns = a.shape, b.shape[1]
-    shape_class = (a.dtype, *map(triton.next_power_of_2, (rows, columns, inner)))
-    candidates = configurations(
-        (a, b, more_a, more_b), rows, columns, inner, most_splits=64
-    )
+    shape = (rows, columns, inner)
+    matrices = (a, b, more_a, more_b)
+    candidates = configurations(matrices, shape, most_splits=_SPLITS[-1])
+    shape_class = (a.dtype, *map(triton.next_power_of_2, shape))
     options = dict(choose("gemm", shape_class, candidates, a))
-    described, splits = options.pop("DESCRIPTORS"), options.pop("SPLITS")
+    described = options.pop("DESCRIPTORS")
     m, n, k = (options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    _, cost = _tiles(a, aligned=True)
+    splits = _fastest((m, n, k), cost, processors(a), shape, _SPLITS[-1])[1]
     steps = triton.cdiv(inner, k)
-    share = triton.cdiv(steps, splits)  # of the steps, so that no share is empty
-    splits = triton.cdiv(steps, share)
+    share = triton.cdiv(steps, splits)  # of the steps
+    splits = triton.cdiv(steps, share)  # none is empty
     partials = None
     if splits > 1:
         partials = out.new_empty((splits, rows, columns), dtype=torch.float32)
-    shapes = ((m, k), (k, n), (m, k), (k, n))
+    blocks = ((m, k), (k, n), (m, k), (k, n))
     operands = [
-        operand(matrix, shape, described)
-        for matrix, shape in zip((a, b, more_a, more_b), shapes, strict=True)
+        operand(matrix, block, described) for matrix, block in zip(matrices, blocks, strict=True)
     ]
     down, across = triton.cdiv(rows, m), triton.cdiv(columns, n)
     launch(
@@ -393,12 +419,14 @@ def grid(programs: int, options: Config, tensor: Tensor) -> tuple[int]:
 
 
 def sum_partials(partials: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write the sum of `partials`, (splits, ..., columns), over the splits and the bias to `out`."""
-    block = 4096 if INTERPRETED else 1024
-    size, columns = out.numel(), out.shape[-1]
+    """Write the sum of `partials`, (splits, ..., columns), over the splits and `bias` to `out`."""
+    size, splits = out.numel(), partials.shape[0]
+    block_splits = min(16, triton.next_power_of_2(splits))
+    block = (65536 if INTERPRETED else 2048) // block_splits
     launch(
         _sum_partials_kernel, (triton.cdiv(size, block),),
-        partials, bias, out, size, columns, partials.shape[0], BLOCK=block, num_warps=4,
+        partials, bias, out, size, out.shape[-1], splits,
+        BLOCK_SPLITS=block_splits, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
@@ -409,11 +437,11 @@ def shipped() -> None:
         return torch.empty(rows, columns, device="meta", dtype=dtype)
 
     sizes = (
-        (4096, 4096, 4096), (1024, 2048, 512), (512, 2048, 512), (512, 1024, 512),
-        (16, 16384, 1024), (16, 4096, 1024), (999, 999, 999), (9, 999, 999),
+        (4096, 4096, 4096), (16, 16384, 1024), (16, 4096, 1024), (999, 999, 999), (9, 999, 999),
+        (1024, 2048, 512), (512, 2048, 512), (512, 1024, 512),
     )  # fmt: skip
     for dtype in (torch.bfloat16, torch.float32):
-        for rows, columns, inner in sizes:
+        for rows, columns, inner in sizes[: 5 if dtype == torch.float32 else None]:
             a, b, out = matrix(rows, inner), matrix(columns, inner).T, matrix(rows, columns)
             gemm(a, b, out, bias=matrix(1, columns)[0])
         # The gradients, of x in the gated form, and of weights.

@@ -1,6 +1,7 @@
 """How a kernel is launched: on its tensors' device, interpreted, or compiled ahead of time."""
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,8 +31,9 @@ def _probe():
 # TRITON_INTERPRET=1 at import: kernels run in Python, on tensors of any device.
 INTERPRETED: bool = not isinstance(_probe, triton.runtime.JITFunction)
 INTERPRETER = Target("interpreter", 0)
+_FP32_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 if INTERPRETED:
-    from fastattn.kernels import interpreter  # noqa: F401
+    importlib.import_module("fastattn.kernels.interpreter")
 
 
 class Compiled(NamedTuple):
@@ -76,12 +78,13 @@ def target(tensor: Tensor) -> Target:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run `kernel` on the device and the current stream of its first argument, a tensor.
+    """Run `kernel` on the device and the current stream of its first argument.
 
     Args:
         kernel: a ``triton.jit`` function.
         grid: how many programs; an empty one runs nothing.
-        args: tensors, None for an absent one, and numbers.
+        args: tensors, tuples of them, None for an absent one, and numbers. The first is a tensor or
+            begins with one.
         options: constexprs, num_warps and num_stages.
     """
     if 0 in grid:
@@ -91,16 +94,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         _ahead_of_time[1].append(Compiled(kernel.__name__, options, result))
     elif INTERPRETED:
         kernel[grid](*args, **options)
-    elif args[0].device.index == torch.cuda.current_device():
-        kernel[grid](*args, enable_fp_fusion=True, **options)
     else:
-        with torch.cuda.device(args[0].device):
+        first = args[0]
+        while isinstance(first, tuple):
+            first = first[0]
+        with torch.cuda.device(first.device):
             kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of products: TF32 only where torch's own products may use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 the one switch cannot be read once the other is set.
+    allowed = matmul.fp32_precision == "tf32" if _FP32_PRECISION else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Layer norm and RMS norm of rows, alone or after a residual add, forward and backward.
 
-x (rows, columns) in rows of any one stride; results are contiguous. A row of up to MAX_BLOCK (in
-the backward MAX_BLOCK_BWD) columns is read once and stays in registers; a longer one is read twice,
+x (rows, columns) in rows of any one stride; results are contiguous. A row of up to MAX_BYTES (in
+the backward MAX_BLOCK_BWD columns) is read once and stays in registers; a longer one is read twice,
 its mean and variance merged from those of its blocks (Chan, Golub and LeVeque, "Updating formulae
 and a pairwise algorithm for computing sample variances", 1979). A program of the forward owns
 BLOCK_ROWS rows; one of the backward every n-th group of them, and a row of partial sums of dweight
@@ -59,8 +59,9 @@ def configurations_bwd(x: Tensor) -> list[Config]:
         rows = _rows_of_program(x, block)
         warps = 8 if block < 8192 else 16
         ahead = 3 if x.itemsize == 2 else 2
+        other = 5 - ahead if block * x.itemsize < 32768 else 1
         shapes = [
-            (rows, block, warps, ahead), (rows, block, warps, 5 - ahead), (rows, block, warps, 1),
+            (rows, block, warps, ahead), (rows, block, warps, other), (rows, block, warps, 1),
             (rows, block, 16, ahead), (max(rows, 4096 // block), block, 16, ahead),
         ]  # fmt: skip
     return [
@@ -179,10 +180,9 @@ def _norm_fwd_kernel(
 def _stats(stats_ptr, row, rows, CENTERED: tl.constexpr):
     """Mean (0 of RMS norm) and rstd of each row, 0 beyond the last."""
     rstd = tl.load(stats_ptr + (rows if CENTERED else 0) + row, mask=row < rows, other=0.0)
+    mean = tl.zeros_like(rstd)
     if CENTERED:
         mean = tl.load(stats_ptr + row, mask=row < rows, other=0.0)
-    else:
-        mean = tl.zeros_like(rstd)
     return mean, rstd
 
 
@@ -298,11 +298,12 @@ def _long_norm_bwd_kernel(
             if ds_ptr is not None:
                 dx += _tile(ds_ptr, row, column, rows, columns, ds_stride).to(tl.float32)
             _store(dx_ptr, dx, row, column, rows, columns)
-            # The sums above have the program's threads wait for each other between two groups.
             if dweight_ptr is not None:
                 _add_partial(dweight_ptr, dy * normed, program, column, columns, group == program)
             if dbias_ptr is not None:
                 _add_partial(dbias_ptr, dy, program, column, columns, group == program)
+        # The next group's partial sums begin with what any thread of this one stored.
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -317,17 +318,16 @@ def _total(ptr, column, partials, columns, BLOCK_PARTIALS: tl.constexpr):
 
 @triton.jit
 def _sum_partials_kernel(
-    partials_ptr, dweight_ptr, dbias_ptr, partials, columns,
+    dweight_partials_ptr, dbias_partials_ptr, dweight_ptr, dbias_ptr, partials, columns,
     BLOCK_PARTIALS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     if dweight_ptr is not None:
-        dweight = _total(partials_ptr, column, partials, columns, BLOCK_PARTIALS)
+        dweight = _total(dweight_partials_ptr, column, partials, columns, BLOCK_PARTIALS)
         dweight = dweight.to(dweight_ptr.dtype.element_ty)
         tl.store(dweight_ptr + column, dweight, mask=column < columns)
-        partials_ptr += partials.to(tl.int64) * columns
     if dbias_ptr is not None:
-        dbias = _total(partials_ptr, column, partials, columns, BLOCK_PARTIALS)
+        dbias = _total(dbias_partials_ptr, column, partials, columns, BLOCK_PARTIALS)
         dbias = dbias.to(dbias_ptr.dtype.element_ty)
         tl.store(dbias_ptr + column, dbias, mask=column < columns)
 
@@ -362,9 +362,7 @@ def norm_fwd(
 
 def partials_bwd(x: Tensor) -> int:
     """How many partial sums of dweight and dbias `norm_bwd` writes for x (rows, columns)."""
-    options = _options_bwd(x)
-    programs = processors(x) * max(1, 16 // options["num_warps"])
-    return min(programs, triton.cdiv(x.shape[0], options["BLOCK_ROWS"]))
+    return _programs_bwd(x, _options_bwd(x))
 
 
 def norm_bwd(
@@ -386,25 +384,32 @@ def norm_bwd(
     columns) in float32. Columns of x, dy, ds and all of the others are contiguous.
     """
     rows, columns = x.shape
+    options = _options_bwd(x)
     launch(
-        _norm_bwd_kernel if columns <= MAX_BLOCK_BWD else _long_norm_bwd_kernel, (partials_bwd(x),),
+        _norm_bwd_kernel if columns <= MAX_BLOCK_BWD else _long_norm_bwd_kernel,
+        (_programs_bwd(x, options),),
         x, dy, ds, weight, stats, dx,
         None if dweight is None else partials[0], None if dbias is None else partials[-1],
         rows, columns, x.stride(0), dy.stride(0), _stride(ds),
         CENTERED=centered, ALIGN=math.gcd(16, columns, x.stride(0), dy.stride(0), _stride(ds)),
-        **_options_bwd(x),
+        **options,
     )  # fmt: skip
     if partials is not None:
         rows, block = (8, 4096) if INTERPRETED else (128, 32)
         launch(
             _sum_partials_kernel, (triton.cdiv(columns, block),),
-            partials, dweight, dbias, partials.shape[1], columns,
+            partials[0], partials[-1], dweight, dbias, partials.shape[1], columns,
             BLOCK_PARTIALS=rows, BLOCK_COLUMNS=block, num_warps=8,
         )  # fmt: skip
 
 
 def _options_bwd(x: Tensor) -> Config:
     return choose("norm_bwd", _shape_class(x), configurations_bwd(x), x)
+
+
+def _programs_bwd(x: Tensor, options: Config) -> int:
+    programs = processors(x) * max(1, 16 // options["num_warps"])
+    return min(programs, triton.cdiv(x.shape[0], options["BLOCK_ROWS"]))
 
 
 def _shape_class(x: Tensor) -> tuple:

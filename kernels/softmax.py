@@ -261,8 +261,9 @@ def shipped() -> None:
         mask = torch.empty(2, 4, 8, columns, device="meta", dtype=torch.bool)
         seed = torch.empty(1, device="meta", dtype=torch.int64)
         scalars: dict[str, Any] = dict(scale=0.5, threshold=1 << 30, keep_scale=2.0)
-        log = columns == 1024
-        softmax_fwd(x, None, None, None, x, None, causal_rows=0, log=log, **scalars)
         softmax_fwd(x, mask, x, seed, x, x, causal_rows=8, log=False, **scalars)
-        softmax_bwd(x, x, None, x, None, log=log, **scalars)
         softmax_bwd(x, x, seed, x, x, log=False, **scalars)
+        if dtype == torch.bfloat16:
+            log = columns == 1024
+            softmax_fwd(x, None, None, None, x, None, causal_rows=0, log=log, **scalars)
+            softmax_bwd(x, x, None, x, None, log=log, **scalars)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastattn.nn import nested
 from fastattn.nn.masks import mask_and_bias
-from fastattn.ops import attention, softmax
+from fastattn.ops.attention import attention
+from fastattn.ops.softmax import softmax
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

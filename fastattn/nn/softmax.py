@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastattn.ops import softmax
+from fastattn.ops.softmax import softmax
 
 
 class Softmax(torch.nn.Softmax):

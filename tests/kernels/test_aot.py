@@ -131,7 +131,8 @@ def test_what_cuobjdump_tells(tmp_path, monkeypatch, usage, spills, inner):
     tool = tmp_path / "cuobjdump"
     code = LOOPS.format(inner=inner, outer="LDL R7, [R1+0x8]")
     tool.write_text(
-        f"#!/bin/sh\n[ $1 = -sass ] && cat << END || echo ' Function f: REG:77 {usage} '\n{code}END\n"
+        "#!/bin/sh\n"
+        f"[ $1 = -sass ] && cat << END || echo ' Function f: REG:77 {usage} '\n{code}END\n"
     )
     tool.chmod(0o755)
     monkeypatch.setattr(aot, "_cuobjdump", lambda: str(tool))

@@ -240,8 +240,38 @@ def test_autocast(backend):
 )
 def test_wrong_offset_of_a_sequence(backend, offsets, message):
     x, (cos, sin) = torch.randn(3, 2, 3, 4), tables(8, 4)
+    offset = torch.tensor(offsets)
+    if x.is_cuda:  # values are read on the CPU only
+        out = fastattn.rotary(x, cos, sin, offset=offset)
+        assert torch.equal(out.isnan(), outside(offset, 3, 8).expand_as(x))
+        return
     with pytest.raises(ValueError, match=message):
-        fastattn.rotary(x, cos, sin, offset=torch.tensor(offsets))
+        fastattn.rotary(x, cos, sin, offset=offset)
+
+
+def outside(offset, seqlen, rows):
+    """Which tokens have no row in tables of so many: (batch, 1, seqlen, 1)."""
+    row = offset[:, None] + torch.arange(seqlen, device=offset.device)
+    return ((row < 0) | (row >= rows))[:, None, :, None]
+
+
+@FORMS
+@pytest.mark.parametrize("batch", [None, 6], ids=["shared", "own"])
+def test_triton_kernel_gives_nan_outside_of_the_table(batch, interleaved):
+    """On a GPU, where nothing reads the offsets beforehand."""
+    pytest.importorskip("triton")
+    from fastattn.kernels import rotary
+
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        x, (cos, sin) = torch.randn(6, 3, 4, 7), tables(8, 6, batch)
+        offset = torch.tensor([1, -2, 6, 2**62, -(2**63), 2**63 - 1])
+    out, inside = torch.empty_like(x), ~outside(offset, 4, 8)
+    rotary.rotary(x, cos, sin, offset, out, offset=0, interleaved=interleaved, inverse=False)
+    assert torch.equal(out[..., :6].isfinite(), inside.expand(6, 3, 4, 6))
+    assert torch.equal(out[..., 6:], x[..., 6:])
+    valid = torch.where(inside.all(2).flatten(), offset, 0)
+    expected = fastattn.rotary(x, cos, sin, interleaved=interleaved, offset=valid)
+    torch.testing.assert_close(out[0], expected[0])
 
 
 X, COS = torch.ones(2, 3, 4, 8), torch.ones(6, 4)

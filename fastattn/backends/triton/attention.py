@@ -138,7 +138,7 @@ def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]
     dsinks = None
     if t.sinks is not None:
         # The sink's weight is exp(sink - lse), its value 0.
-        weight = torch.where(lse.isneginf(), 0.0, torch.exp(t.sinks.view(-1, 1) - lse))
-        dsinks = -(weight * delta).sum(-1)
+        weighted = torch.exp(t.sinks.view(-1, 1) - lse) * delta
+        dsinks = -torch.where(lse.isneginf(), 0.0, weighted).sum(-1)
         dsinks = dsinks if problem.packed else dsinks.sum(0)
     return *grads, dbias, dsinks

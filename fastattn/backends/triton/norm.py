@@ -34,7 +34,7 @@ def norm_bwd(problem, t, stats, dy, ds) -> tuple[Tensor, Tensor | None, Tensor |
     x = _rows(problem, t.x)
     dx = x.new_empty(t.x.shape)
     dweight = dbias = partials = None
-    if problem.parameter_grad:
+    if problem.parameter_grad and (problem.weight or problem.bias):
         dweight = None if t.weight is None else t.weight.new_empty(t.weight.shape)
         dbias = None if t.bias is None else t.bias.new_empty(t.bias.shape)
         shape = (problem.weight + problem.bias, _kernels.partials_bwd(x), problem.columns)
