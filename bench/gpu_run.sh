@@ -5,7 +5,7 @@
 #   bench/gpu_run.sh bench [gpu.py's options]
 #   bench/gpu_run.sh all
 # Results go to $OUT, by default bench/results/gpu. It needs torch with CUDA, triton, pytest,
-# hypothesis and a C++ compiler, but no network.
+# hypothesis, setuptools >= 77, pybind11, ninja and a C++ compiler, but no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -65,21 +65,21 @@ def configurations(on: Tensor, head_dim: int, rows: int, crowding: int) -> list[
         ]
     elif chip.backend == "hip":
         shapes = [((128, 64, 8, 1), (128, 32, 8, 1), (64, 32, 8, 1))[size], (64, 32, 4, 1)]
-    elif crowding == 2 or (crowding and size == 2):
+    elif crowding == 2 or (size == 2 and (crowding or not chip.large)):
         shapes = [((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1))[size], (64, 32, 4, 1)]
     elif crowding:
         shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
-        if size == 1 and chip.capability < 90:
+        if size == 1 and chip.family < 90:
             shapes = [(64, 64, 8, 2), (64, 32, 4, 2)]
     elif size == 0:
         shapes = [(128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 3)]
-        if chip.capability >= 100:
+        if chip.family >= 100:
             shapes = [(128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 4, 3)]
     elif size == 1:
         shapes = [(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 32, 4, 3)]
     else:
         shapes = [(128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)]
-        if chip.capability < 90:
+        if chip.family < 90:
             shapes = [(64, 64, 8, 2), (64, 32, 4, 3)]
     return [
         dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
@@ -325,7 +325,9 @@ def attention_fwd(
         batch_rows, seqlen_q = (batch, call.seqlen_q) if q.shape[0] == batch else (1, q.shape[2])
         shape = (parts, batch_rows, heads, seqlen_q)
         result = q.new_empty((*shape, v.shape[-1]), dtype=torch.float32)
-        result_lse = q.new_full(shape, -math.inf, dtype=torch.float32)
+        result_lse = q.new_empty(shape, dtype=torch.float32)
+        if batch_rows != batch:  # rows that belong to no sequence
+            result_lse.fill_(-math.inf)
         out_part, lse_part = result.stride(0), result_lse.stride(0)
         result, result_lse = result[0], result_lse[0]
     launch(
@@ -369,6 +371,6 @@ def shipped() -> None:
             masked = plain._replace(mask=featured.mask)
             attention_fwd(q, k, k, torch.empty_like(q), lse, masked, 2)
     q = torch.empty(2, 8, 512, 128, device="meta", dtype=torch.float8_e4m3fn)
-    if target(q).capability >= 90:
+    if target(q).family >= 90:
         out = torch.empty_like(q, dtype=torch.bfloat16)
         attention_fwd(q, q, q, out, None, sample_calls(512)[0], 2)

@@ -55,7 +55,7 @@ def configurations(on: Tensor, head_dim: int, crowding: int, own_keys: bool) -> 
         shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (128, 128, 8, 2)]
     else:
         shapes = [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)]
-        if chip.capability < 90:
+        if chip.family < 90:
             shapes = [(64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 1)]
     sides = ("BLOCK_N", "BLOCK_M") if own_keys else ("BLOCK_M", "BLOCK_N")
     return [

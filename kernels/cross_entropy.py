@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastattn.kernels.launch import INTERPRETED, launch
+from fastattn.kernels.softmax import row_offset
 from fastattn.kernels.tuning import Config, choose
 from torch import Tensor
 
@@ -102,13 +103,6 @@ def block_gradient(logits, column, target, live, row_max, row_sum, factor, smoot
 
 
 @triton.jit
-def _row_offset(row, size1, size2, strides):
-    """Where each row starts in a tensor of three leading dims (., size1, size2)."""
-    at = row // (size1 * size2) * strides[0]
-    return at + row // size2 % size1 * strides[1] + row % size2 * strides[2]
-
-
-@triton.jit
 def _cross_entropy_fwd_kernel(
     logits_ptr, targets_ptr, losses_ptr, stats_ptr,
     rows, columns, size1, size2, strides, ignore_index, smooth,
@@ -118,7 +112,7 @@ def _cross_entropy_fwd_kernel(
     target = tl.load(targets_ptr + row, mask=row < rows, other=0)
     seen = (row < rows) & (target != ignore_index)
     losses, row_max, row_sum = row_losses(
-        logits_ptr, None, _row_offset(row, size1, size2, strides), target, seen, columns,
+        logits_ptr, None, row_offset(row, size1, size2, strides), target, seen, columns,
         strides[3], smooth, SMOOTH, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
     tl.store(losses_ptr + row, losses, mask=row < rows)
@@ -141,7 +135,7 @@ def _cross_entropy_bwd_kernel(
     row_sum = tl.load(stats_ptr + 2 * row + 1, mask=row < rows, other=0.0)
     factor = tl.load(factor_ptr + row * factor_stride, mask=row < rows, other=0.0)
     live = (target != ignore_index) & (row_sum != 0.0)
-    row_at = _row_offset(row, size1, size2, strides)
+    row_at = row_offset(row, size1, size2, strides)
     logits = block_logits(logits_ptr, None, row_at, live, column, columns, strides[3])
     dlogits = block_gradient(logits, column, target, live, row_max, row_sum, factor, smooth, hot)
     at = row[:, None] * columns + column[None, :]

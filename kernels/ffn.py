@@ -24,12 +24,11 @@ from fastattn.kernels.gemm import (
     multiply,
     multiply_pair,
     operand,
-    processors,
     store_tile,
     sum_partials,
     tile_origin,
 )
-from fastattn.kernels.launch import INTERPRETED, launch, precision
+from fastattn.kernels.launch import INTERPRETED, launch, precision, processors
 from fastattn.kernels.philox import keep_tile
 from fastattn.kernels.tuning import Config, choose
 from torch import Tensor
@@ -322,7 +321,7 @@ def preact_bwd(
         GATED=preact.dim() == 3, ACTIVATION=activation, PRECISION=precision(dy.dtype),
         GROUP=GROUP, PART=_part(dy, seed), **options,
     )  # fmt: skip
-    if sums is not None:
+    if sums is not None and db1 is not None:
         sum_partials(sums, None, db1)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastattn.kernels.launch import INTERPRETED, launch, precision, target
+from fastattn.kernels.launch import INTERPRETED, launch, precision, processors, target
 from fastattn.kernels.tuning import Config, choose
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -31,6 +31,11 @@ class _Tile(NamedTuple):
     num_stages: int
     DESCRIPTORS: bool = False  # operands are read by TMA where they can be
     PERSISTENT: bool = False
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that stages of half-precision operands take."""
+        return 2 * self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K
 
 
 # Of the same blocks, the first is the heuristic's; descriptors have not been measured yet.
@@ -117,25 +122,15 @@ def _tiles(tensor: Tensor, aligned: bool) -> tuple[tuple[_Tile, ...], _Cost]:
         return _HALF_UNALIGNED, _COST
     if hip:
         return _HALF_GFX11 if gfx11 else _HALF_GFX9, _COST
-    return _HALF_SM90 if where.capability >= 90 else _HALF_SM80, _COST
+    if not where.large:
+        return tuple(tile for tile in _HALF_SM80 if tile.shared <= 96 * 1024), _COST
+    return _HALF_SM90 if where.family >= 90 else _HALF_SM80, _COST
 
 
 def _aligned(matrix: Tensor) -> bool:
     """Whether Triton reads 16 bytes at a time: it looks at numbers modulo 16."""
     (unit, length), (apart, _) = sorted(zip(matrix.stride(), matrix.shape))
     return unit == 1 and (apart | length | matrix.data_ptr()) % 16 == 0
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(tensor: Tensor) -> int:
-    """How many multiprocessors the device of `tensor` has."""
-    if tensor.is_cuda:
-        return _multiprocessors(tensor.device.index)
-    return 16 if target(tensor).backend == "interpreter" else 132
 
 
 def configurations(
@@ -169,7 +164,10 @@ def _ranked(
         for tile in tiles
         if narrowest <= tile.BLOCK_N and largest >= tile.BLOCK_M * tile.BLOCK_N
     ]
-    usable.sort(key=lambda tile: _fastest(tile[:3], cost, available, whole, most_splits))
+    usable = sorted(
+        usable or tiles,
+        key=lambda tile: _fastest(tile[:3], cost, available, whole, most_splits),
+    )
     return [tile._asdict() | dict(BLOCK_N=tile.BLOCK_N // accumulators) for tile in usable[:6]]
 
 

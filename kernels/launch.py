@@ -18,9 +18,17 @@ class Target(NamedTuple):
     arch: int | str  # 80, 90, 100; "gfx942"; 0 for the interpreter
 
     @property
-    def capability(self) -> int:
-        """10 times the compute capability, 0 where there is none."""
-        return self.arch if isinstance(self.arch, int) else 0
+    def family(self) -> int:
+        """Of NVIDIA's chips the one whose tiles this takes: 80, 90 or 100; of others 0."""
+        if not isinstance(self.arch, int) or self.backend != "cuda":
+            return 0
+        # sm_120's shared memory and products are rather those of sm_86 than of sm_100.
+        return self.arch // 10 * 10 if self.arch in (90, 100, 103) else 80
+
+    @property
+    def large(self) -> bool:
+        """Whether this is a chip for servers, with at least 160 KiB of shared memory."""
+        return self.arch in (80, 90, 100, 103)
 
 
 @triton.jit
@@ -121,4 +129,4 @@ def processors(tensor: Tensor) -> int:
     """How many multiprocessors work on kernels on `tensor`."""
     if _ahead_of_time is not None:
         return 132
-    return 4 if INTERPRETED else _processors_of(tensor.device.index)
+    return 16 if INTERPRETED else _processors_of(tensor.device.index)

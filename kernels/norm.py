@@ -317,7 +317,7 @@ def _total(ptr, column, partials, columns, BLOCK_PARTIALS: tl.constexpr):
 
 
 @triton.jit
-def _sum_partials_kernel(
+def _sum_parameter_grads_kernel(
     dweight_partials_ptr, dbias_partials_ptr, dweight_ptr, dbias_ptr, partials, columns,
     BLOCK_PARTIALS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -389,7 +389,8 @@ def norm_bwd(
         _norm_bwd_kernel if columns <= MAX_BLOCK_BWD else _long_norm_bwd_kernel,
         (_programs_bwd(x, options),),
         x, dy, ds, weight, stats, dx,
-        None if dweight is None else partials[0], None if dbias is None else partials[-1],
+        None if partials is None or dweight is None else partials[0],
+        None if partials is None or dbias is None else partials[-1],
         rows, columns, x.stride(0), dy.stride(0), _stride(ds),
         CENTERED=centered, ALIGN=math.gcd(16, columns, x.stride(0), dy.stride(0), _stride(ds)),
         **options,
@@ -397,7 +398,7 @@ def norm_bwd(
     if partials is not None:
         rows, block = (8, 4096) if INTERPRETED else (128, 32)
         launch(
-            _sum_partials_kernel, (triton.cdiv(columns, block),),
+            _sum_parameter_grads_kernel, (triton.cdiv(columns, block),),
             partials[0], partials[-1], dweight, dbias, partials.shape[1], columns,
             BLOCK_PARTIALS=rows, BLOCK_COLUMNS=block, num_warps=8,
         )  # fmt: skip

@@ -33,9 +33,10 @@ def configurations(columns: int) -> list[Config]:
 
 
 @triton.jit
-def _row_offset(row, size1, size2, stride0, stride1, stride2):
+def row_offset(row, size1, size2, strides):
     """Where each row starts in a tensor of three leading dims (., size1, size2)."""
-    return row // (size1 * size2) * stride0 + row // size2 % size1 * stride1 + row % size2 * stride2
+    at = row // (size1 * size2) * strides[0]
+    return at + row // size2 % size1 * strides[1] + row % size2 * strides[2]
 
 
 @triton.jit
@@ -46,18 +47,18 @@ def _scores(
 ):  # fmt: skip
     """``scale * x + bias``, -inf where hidden: (BLOCK_ROWS, BLOCK_COLUMNS)."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = _row_offset(row, size1, size2, x_strides[0], x_strides[1], x_strides[2])
+    at = row_offset(row, size1, size2, x_strides)
     at = at[:, None] + column[None, :] * x_strides[3]
     scores = tl.load(x_ptr + at, mask=inside, other=float("-inf")).to(tl.float32) * scale
     if bias_ptr is not None:
-        at = _row_offset(row, size1, size2, bias_strides[0], bias_strides[1], bias_strides[2])
+        at = row_offset(row, size1, size2, bias_strides)
         at = at[:, None] + column[None, :] * bias_strides[3]
         scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     seen = inside
     if CAUSAL:
         seen = seen & (column[None, :] <= (row % causal_rows)[:, None])
     if mask_ptr is not None:
-        at = _row_offset(row, size1, size2, mask_strides[0], mask_strides[1], mask_strides[2])
+        at = row_offset(row, size1, size2, mask_strides)
         at = at[:, None] + column[None, :] * mask_strides[3]
         seen = seen & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
     return tl.where(seen, scores, float("-inf"))
@@ -137,7 +138,7 @@ def _weights_and_gradient(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     missing: tl.constexpr = float("-inf") if LOG else 0.0
     p = tl.load(p_ptr + row[:, None] * columns + column[None, :], mask=inside, other=missing)
-    at = _row_offset(row, size1, size2, dout_strides[0], dout_strides[1], dout_strides[2])
+    at = row_offset(row, size1, size2, dout_strides)
     at = at[:, None] + column[None, :] * dout_strides[3]
     dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:

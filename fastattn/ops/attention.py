@@ -261,11 +261,12 @@ def _bwd_library(dout, dlse, out, lse, *args):
 
 def _bwd_meta(dout, dlse, out, lse, *args):
     t = AttentionTensors(*args[:_TENSORS])
-    bias = t.bias if args[-1] else None
-    return tuple(
-        dout.new_empty(0) if tensor is None else torch.empty_like(tensor)
-        for tensor in (t.q, t.k, t.v, bias, t.sinks)
+    dq, dk, dv = (torch.empty_like(tensor) for tensor in (t.q, t.k, t.v))
+    dbias, dsinks = (
+        dout.new_empty(0) if tensor is None else tensor.new_empty(tuple(tensor.shape))
+        for tensor in (t.bias if args[-1] else None, t.sinks)
     )
+    return dq, dk, dv, dbias, dsinks
 
 
 def _library_setup(ctx, inputs, output):

@@ -78,7 +78,12 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def named(options) -> str:
+    """The same in every process: functions by their names, not by their addresses."""
+    return str({name: getattr(value, "__name__", value) for name, value in options.items()})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
 @pytest.mark.parametrize("batch_first", [True, False], ids=["", "seq first"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_encoder_layer(options, batch_first, training):
@@ -95,7 +100,7 @@ def test_encoder_layer(options, batch_first, training):
             compare(stock, ours, tokens(SEQLEN, batched=False), src_mask=causal(SEQLEN))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
 @pytest.mark.parametrize("batch_first", [True, False], ids=["", "seq first"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_decoder_layer(options, batch_first, training):

@@ -218,7 +218,8 @@ def test_float8(backend):
     assert out.dtype == torch.bfloat16
     error = (out - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < (0.004 if backend == "reference" else 0.03)
-    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
+    # Matrix units may sum products of float8 in 14 bits.
+    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-3, rtol=2e-3)
     with pytest.raises(TypeError, match="q: no gradient is computed for torch.float8_e4m3fn"):
         fastattn.attention(q.requires_grad_(), k, v)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn import philox
 from fastattn.backends.triton.device import Kernels
+from fastattn.backends.triton.layout import unit_last_stride
 
 _kernels = Kernels("attention")
 _backward = Kernels("attention_backward")
@@ -28,10 +29,6 @@ def unsupported(problem) -> list[str]:
     return reasons
 
 
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def _rows_last(packed: Tensor) -> Tensor:
     """Packed (total, heads, head_dim) as (1, heads, total, head_dim), the layout of kernels."""
     return packed.transpose(0, 1)[None]
@@ -40,7 +37,7 @@ def _rows_last(packed: Tensor) -> Tensor:
 def _in_kernels_layout(problem, t):
     """The tensors as kernels read them: q, k and v 4-D with rows next to last, vectors dense."""
     if problem.plain:
-        return t._replace(**{name: _unit_last_stride(getattr(t, name)) for name in "qkv"})
+        return t._replace(**{name: unit_last_stride(getattr(t, name)) for name in "qkv"})
     q, k, v = t.q, t.k, t.v
     if problem.packed:
         q = _rows_last(q)
@@ -50,7 +47,7 @@ def _in_kernels_layout(problem, t):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     vectors = {name: getattr(t, name) for name in _VECTORS}
     return t._replace(
-        **{name: _unit_last_stride(x) for name, x in (("q", q), ("k", k), ("v", v))},
+        **{name: unit_last_stride(x) for name, x in (("q", q), ("k", k), ("v", v))},
         **{name: None if x is None else x.contiguous() for name, x in vectors.items()},
     )
 
@@ -117,7 +114,7 @@ def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]
     """Gradients of q, k, v, bias and sinks, absent ones None."""
     whole = lse.numel() and not (problem.packed or problem.seqlens_k)
     grads = [torch.empty_like(x) if whole else torch.zeros_like(x) for x in t[:3]]
-    written = [_unit_last_stride(grad) for grad in grads]
+    written = [unit_last_stride(grad) for grad in grads]
     lse = lse.contiguous()
     delta = torch.zeros_like(lse) if problem.packed else torch.empty_like(lse)
     by_head = [lse, None if dlse is None else dlse.contiguous(), delta]
@@ -127,7 +124,7 @@ def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]
         by_row = [_rows_last(x) for x in by_row]
     dbias = t.bias.new_empty(t.bias.shape) if problem.bias_grad else None
     call = _in_kernels_layout(problem, t)
-    out, dout, *in_layout = map(_unit_last_stride, by_row)
+    out, dout, *in_layout = map(unit_last_stride, by_row)
     _backward.attention_bwd(
         call.q, call.k, call.v, out, dout, *by_head, *in_layout, dbias,
         _call(problem, call), problem.batch,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.triton.device import Kernels
+from fastattn.backends.triton.layout import four_dims
 
 _kernels = Kernels("cross_entropy")
 
@@ -23,7 +24,7 @@ def cross_entropy_fwd(problem, t) -> tuple[Tensor, Tensor, int]:
     losses = t.logits.new_empty(problem.shape[:-1], dtype=torch.float32)
     stats = t.logits.new_empty((len(targets), 2), dtype=torch.float32)
     _kernels.cross_entropy_fwd(
-        _four_dims(t.logits), targets, losses, stats,
+        *four_dims(t.logits), targets, losses, stats,
         ignore_index=problem.ignore_index, label_smoothing=problem.label_smoothing,
     )  # fmt: skip
     invalid = first_invalid(targets, problem.shape[-1], problem.ignore_index)
@@ -35,7 +36,7 @@ def cross_entropy_bwd(problem, t, stats, dloss) -> Tensor:
     targets = t.targets.reshape(-1).contiguous()
     dlogits = t.logits.new_empty(problem.shape)
     _kernels.cross_entropy_bwd(
-        _four_dims(t.logits), targets, stats.contiguous(), row_factors(problem, targets, dloss),
+        *four_dims(t.logits), targets, stats.contiguous(), row_factors(problem, targets, dloss),
         dlogits, ignore_index=problem.ignore_index, label_smoothing=problem.label_smoothing,
     )  # fmt: skip
     return dlogits
@@ -66,10 +67,3 @@ def row_factors(problem, targets: Tensor, dloss: Tensor) -> Tensor:
 def _count(problem, targets: Tensor) -> Tensor:
     """How many rows a mean is over, at least 1."""
     return (targets != problem.ignore_index).sum().clamp(min=1)
-
-
-def _four_dims(logits: Tensor) -> Tensor:
-    """(., ., ., columns), copied where the strides allow no such view."""
-    if logits.dim() > 4:
-        logits = logits.reshape(-1, *logits.shape[-3:])
-    return logits[(None,) * (4 - logits.dim())]

@@ -39,7 +39,7 @@ def refusals(problem) -> list[str]:
     if problem.device == "cuda" and not INTERPRETED:
         if float8 and torch.version.hip:
             reasons.append(f"dtype={problem.dtype}, not on AMD GPUs")
-        oldest = 89 if float8 else 80 if problem.dtype == torch.bfloat16 else 75
+        oldest = 89 if float8 else 80
         reasons += [f"{name} < sm_{oldest}" for name in _older_than(oldest)]
     return reasons
 

@@ -1,8 +1,7 @@
 """Rotary position embedding on the Triton kernels."""
 
-from torch import Tensor
-
 from fastattn.backends.triton.device import Kernels
+from fastattn.backends.triton.layout import unit_last_stride
 
 _kernels = Kernels("rotary")
 
@@ -28,17 +27,10 @@ def _rotate(problem, t, offset, inverse, out) -> int:
         invalid = (t.offsets < 0) | (t.offsets > problem.seqlen_max - problem.seqlen)
         if invalid.any():
             return int(invalid.nonzero()[0])
-    x, cos, sin = map(_rows, t[:3])
+    x, cos, sin = map(unit_last_stride, t[:3])
     offsets = None if t.offsets is None else t.offsets.contiguous()
     _kernels.rotary(
         x, cos, sin, offsets, out,
         offset=offset, interleaved=problem.interleaved, inverse=inverse,
     )  # fmt: skip
     return -1
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its last stride is 1."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()

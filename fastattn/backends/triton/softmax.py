@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastattn import philox
 from fastattn.backends.triton.device import Kernels
+from fastattn.backends.triton.layout import four_dims
 
 _kernels = Kernels("softmax")
 
@@ -20,7 +21,7 @@ def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
     weights = t.x.new_empty(problem.shape) if problem.dropout_p else None
     mask = None if t.mask is None else t.mask.expand(problem.shape)
     bias = None if t.bias is None else t.bias.expand(problem.shape)
-    x, mask, bias = _four_dims(t.x, mask, bias)
+    x, mask, bias = four_dims(t.x, mask, bias)
     _kernels.softmax_fwd(
         x, mask, bias, t.seed, out, weights,
         causal_rows=problem.shape[-2] if problem.causal else 0, scale=problem.scale,
@@ -36,7 +37,7 @@ def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
     if problem.bias_grad:
         whole = tuple(t.bias.shape) == problem.shape
         dscores = p.new_empty(problem.shape, dtype=t.bias.dtype if whole else torch.float32)
-    (dout,) = _four_dims(dout)
+    (dout,) = four_dims(dout)
     _kernels.softmax_bwd(
         p.contiguous(), dout, t.seed, dx, dscores,
         scale=problem.scale, log=problem.log, **_dropout(problem),
@@ -49,14 +50,3 @@ def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
 def _dropout(problem) -> dict[str, float]:
     dropout_p = problem.dropout_p
     return dict(threshold=philox.threshold(dropout_p), keep_scale=1.0 / (1.0 - dropout_p))
-
-
-def _four_dims(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors of one shape as (., ., ., columns), copied where strides allow no such view."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    dims = present[0].dim() - 1
-    if dims > 3:
-        shape = present[0].shape
-        merged = (-1, *shape[-3:])
-        tensors = tuple(None if x is None else x.reshape(merged) for x in tensors)
-    return [None if x is None else x[(None,) * (4 - x.dim())] for x in tensors]
