@@ -171,6 +171,8 @@ def measure(case, direction, clock):
     }
     if unit == "bytes":
         measures["of_copy"] = row["per_second"] / clock.copy
+    if "memory" in row:
+        measures["memory"] = row["memory"]["eager"] / max(row["memory"]["fastattn"], 1)
     known = [measures[name] >= bar for name, bar in row["bars"].items() if name in measures]
     complete = known and len(known) == len(row["bars"])
     return row | {
@@ -198,9 +200,6 @@ def show(row):
     )
     ours, *others = row["errors"].values()
     error = f"error {ours / others[0]:.2f}" if others and others[0] else f"error {ours:.1e}"
-    if row.get("memory") and row["memory"]["fastattn"]:
-        memory = row["memory"]
-        error += f" memory {memory['eager'] / memory['fastattn']:.1f}"
     verdict = {True: "", False: "short", None: "" if not bars else "not judged"}[row["reached"]]
     absent = "".join(f" no {name}: {why}" for name, why in row["missing"].items())
     print(f"{name:66} {numbers} {measures} {error} {verdict}{absent[:120]}", flush=True)

@@ -58,7 +58,7 @@ FULL = Sizes(
     norm=((32768, 1024), (16384, 4096), (16384, 8192)),
     logits=((8192, 32000), (4096, 128256)),
     ffn=(4096, 4096, 16384),
-    vocabulary=(4096, 4096, 128256),
+    vocabulary=(8192, 4096, 128256),
 )
 TINY = Sizes(
     tokens=64,
@@ -76,7 +76,7 @@ ATTENTION_BARS = {"flash": 1.0, "cudnn": 0.75}
 DECODE_BARS = {"of_copy": 0.85}
 ROWS_BARS = {"of_copy": 0.9, "compile": 1.0}
 FFN_BARS = {"eager": 0.95}
-LINEAR_CROSS_ENTROPY_BARS = {"eager": 1.0}
+LINEAR_CROSS_ENTROPY_BARS = {"eager": 1.0, "memory": 1.5}  # of the eager pair's
 WINDOW = 1023
 
 

@@ -41,8 +41,9 @@ class _Tile(NamedTuple):
 # Of the same blocks, the first is the heuristic's; descriptors have not been measured yet.
 _HALF_SM90 = (
     _Tile(128, 256, 64, 8, 3),
-    _Tile(128, 256, 64, 8, 3, DESCRIPTORS=True),
-    _Tile(128, 256, 64, 8, 3, DESCRIPTORS=True, PERSISTENT=True),
+    _Tile(128, 256, 64, 8, 4),
+    _Tile(128, 256, 64, 8, 4, DESCRIPTORS=True),
+    _Tile(128, 256, 64, 8, 4, DESCRIPTORS=True, PERSISTENT=True),
     _Tile(128, 128, 64, 8, 4),
     _Tile(128, 128, 64, 8, 4, DESCRIPTORS=True, PERSISTENT=True),
     _Tile(64, 128, 64, 4, 4),
@@ -83,7 +84,8 @@ _FLOAT32 = (
     _Tile(16, 128, 32, 8, 4),
     _Tile(16, 32, 64, 4, 4),
 )
-# Without alignment a thread loads element by element, each into a register of its own.
+# Without alignment a thread loads element by element, each into a register of its own. On AMD the
+# largest of these, and of float32's, would spill.
 _HALF_UNALIGNED = (
     _Tile(32, 128, 32, 8, 2),
     _Tile(16, 128, 32, 8, 2),
@@ -114,12 +116,12 @@ def _tiles(tensor: Tensor, aligned: bool) -> tuple[tuple[_Tile, ...], _Cost]:
     hip, gfx11 = where.backend == "hip", str(where.arch).startswith("gfx11")
     if where.backend == "interpreter":
         return _FLOAT32_INTERPRETER if single else _HALF_INTERPRETER, _COST_INTERPRETER
+    if not aligned:
+        return (_FLOAT32_UNALIGNED if single else _HALF_UNALIGNED)[hip:], _COST
     if precision(tensor.dtype) == "tf32":
         return _TF32, _COST
-    if single:  # the largest tiles would spill on AMD
-        return _FLOAT32[gfx11:] if aligned else _FLOAT32_UNALIGNED[hip:], _COST_FLOAT32
-    if not aligned:
-        return _HALF_UNALIGNED, _COST
+    if single:
+        return _FLOAT32[gfx11:], _COST_FLOAT32
     if hip:
         return _HALF_GFX11 if gfx11 else _HALF_GFX9, _COST
     if not where.large:

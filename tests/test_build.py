@@ -55,7 +55,13 @@ def tree(tmp_path):
 
 
 def run(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    own = {"FASTATTN_CUDA": "off", "FASTATTN_NATIVE": "", "CXXFLAGS": "", **environment}
+    own = {
+        "TRITON_INTERPRET": "",
+        "FASTATTN_CUDA": "off",
+        "FASTATTN_NATIVE": "",
+        "CXXFLAGS": "",
+        **environment,
+    }
     env = {**os.environ, **own}
     return subprocess.run(
         [sys.executable, *command], cwd=root, env=env, capture_output=True, text=True

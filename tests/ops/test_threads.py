@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastattn
@@ -46,6 +47,8 @@ def everything(seed):
 
 def test_threads_do_not_disturb_each_other(backend):
     """Each result has the bits that the same call has alone."""
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter rewrites its language for one thread at a time")
 
     def call(seed):
         with fastattn.use_backend(backend):
