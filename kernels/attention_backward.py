@@ -53,6 +53,8 @@ def configurations(on: Tensor, head_dim: int, crowding: int, own_keys: bool) -> 
         shapes = [((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1))[size], (32, 32, 4, 1)]
     elif size == 0 or not own_keys:
         shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (128, 128, 8, 2)]
+        if size == 1 and chip.family < 90:
+            shapes = [(64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 1)]
     else:
         shapes = [(128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)]
         if chip.family < 90:

@@ -43,8 +43,11 @@ def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
     if not problem.rows:
         return grads
     dy = dy.to(problem.dtype)
-    preact = _preact_again(problem, t) if preact is None else preact.contiguous()
-    dpreact = torch.empty_like(preact)
+    if preact is None:
+        preact = dpreact = _preact_again(problem, t)  # a tile is read before it is written
+    else:
+        preact = preact.contiguous()
+        dpreact = torch.empty_like(preact)
     again = None
     if dw2 is not None and hidden is None:
         hidden = again = t.x.new_empty((problem.rows, problem.d_ff))
