@@ -218,8 +218,9 @@ def test_float8(backend):
     assert out.dtype == torch.bfloat16
     error = (out - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < (0.004 if backend == "reference" else 0.03)
-    # Matrix units may sum products of float8 in 14 bits.
-    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-3, rtol=2e-3)
+    # The matrix units of a GPU may sum products of float8 in 14 bits.
+    tolerance = 2e-3 if q.is_cuda and backend == "triton" else 1e-5
+    torch.testing.assert_close(lse.double(), exact_lse, atol=tolerance, rtol=tolerance)
     with pytest.raises(TypeError, match="q: no gradient is computed for torch.float8_e4m3fn"):
         fastattn.attention(q.requires_grad_(), k, v)
 
