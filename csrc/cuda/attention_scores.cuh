@@ -1,0 +1,99 @@
+// What attention's kernels share: the extent of a sequence, the keys that a block of queries sees
+// and the queries that see a block of keys, and a score from its product.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/attention.h"
+#include "cuda/philox.cuh"
+
+namespace fastattn::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Which features a kernel is compiled for: those of every call are free, the others cost registers.
+struct Features {
+    bool softcap, alibi, dropout;
+    constexpr bool plain() const { return !softcap && !alibi && !dropout; }
+};
+constexpr Features kPlain{false, false, false}, kFeatured{true, true, true};
+
+// One sequence of the batch: its first rows in q and k where they are packed (else 0), its lengths
+// and the offset of its diagonal.
+struct Sequence {
+    int64_t start_q = 0, start_k = 0;
+    int seqlen_q, seqlen_k, offset;
+};
+
+FASTATTN_DEVICE Sequence sequence_of(const AttentionArgs& a, int batch) {
+    Sequence s{0, 0, a.seqlen_q, a.seqlen_k, a.offset};
+    if (a.cu_seqlens_q) {
+        s.start_q = ld_readonly(a.cu_seqlens_q + batch);
+        s.seqlen_q = ld_readonly(a.cu_seqlens_q + batch + 1) - int(s.start_q);
+    }
+    if (a.cu_seqlens_k) {
+        s.start_k = ld_readonly(a.cu_seqlens_k + batch);
+        s.seqlen_k = ld_readonly(a.cu_seqlens_k + batch + 1) - int(s.start_k);
+    }
+    if (a.seqlens_k) s.seqlen_k = max(0, min(s.seqlen_k, ld_readonly(a.seqlens_k + batch)));
+    if (a.offsets) s.offset = max(-kUnbounded, min(kUnbounded, ld_readonly(a.offsets + batch)));
+    return s;
+}
+
+// Where the tensors of packed sequences have batch stride 0 by convention, this is the element that
+// row `row` of a sequence begins at.
+FASTATTN_DEVICE int64_t row_offset(const Strides& strides, bool packed, int batch, int head,
+                                   int64_t start, int row) {
+    return (packed ? 0 : batch * strides.batch) + head * strides.head + (start + row) * strides.row;
+}
+
+struct Range {
+    int begin, end;
+};
+
+// The keys that some query of rows [first, last] sees, and those that each of them sees.
+FASTATTN_DEVICE Range keys_seen(const AttentionArgs& a, const Sequence& s, int first, int last) {
+    return {max(0, first + s.offset - a.window_left),
+            min(s.seqlen_k, last + s.offset + a.window_right + 1)};
+}
+FASTATTN_DEVICE Range keys_seen_by_all(const AttentionArgs& a, const Sequence& s, int first,
+                                       int last) {
+    return {max(0, last + s.offset - a.window_left),
+            min(s.seqlen_k, first + s.offset + a.window_right + 1)};
+}
+// The queries that see some key of [first, last], and those that see each of them.
+FASTATTN_DEVICE Range queries_seeing(const AttentionArgs& a, const Sequence& s, int first,
+                                     int last) {
+    return {max(0, first - s.offset - a.window_right),
+            min(s.seqlen_q, last - s.offset + a.window_left + 1)};
+}
+FASTATTN_DEVICE Range queries_seeing_all(const AttentionArgs& a, const Sequence& s, int first,
+                                         int last) {
+    return {max(0, last - s.offset - a.window_right),
+            min(s.seqlen_q, first - s.offset + a.window_left + 1)};
+}
+
+FASTATTN_DEVICE bool visible(const AttentionArgs& a, const Sequence& s, int row, int key) {
+    const int distance = key - row - s.offset;
+    return key < s.seqlen_k && distance >= -a.window_left && distance <= a.window_right;
+}
+
+// The score, in units of log2, of a product q.k: capped, then with ALiBi's slope. The factor of a
+// plain call is softmax_scale * log2(e), which folds into the exponent.
+template <Features features>
+FASTATTN_DEVICE float score_of(const AttentionArgs& a, const Sequence& s, float product,
+                               float slope, int row, int key) {
+    float score = product * (a.softmax_scale * kLog2E);
+    if (features.softcap && a.softcap != 0.0f)
+        score = a.softcap * kLog2E * tanhf(product * a.softmax_scale / a.softcap);
+    if (features.alibi) score -= slope * kLog2E * fabsf(float(key - row - s.offset));
+    return score;
+}
+
+FASTATTN_DEVICE float alibi_slope(const AttentionArgs& a, int batch, int head) {
+    return a.alibi_slopes ? ld_readonly(a.alibi_slopes + batch * a.alibi_batch_stride +
+                                        head * a.alibi_head_stride)
+                          : 0.0f;
+}
+
+}  // namespace fastattn::cuda

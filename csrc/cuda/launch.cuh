@@ -1,0 +1,43 @@
+// How kernels are launched: on a stream, with errors thrown.
+#pragma once
+
+#include <cstddef>
+
+#ifdef FASTATTN_EMULATION
+#include "emulation/launch.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace fastattn::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// `kernel` on `stream` (a cudaStream_t) of the current device, with `shared` bytes of dynamic
+// shared memory.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void* stream,
+            const Args&... args) {
+    if (shared > 48 * 1024)
+        check(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+            "shared memory");
+    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+    check(cudaGetLastError(), "launch");
+}
+
+// Multiprocessors of the current device, and its compute capability as 10 * major + minor.
+struct Device {
+    int processors, capability;
+};
+Device current_device();
+
+}  // namespace fastattn::cuda
+
+#endif
