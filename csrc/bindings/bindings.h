@@ -14,7 +14,7 @@
 
 #include "cpu/cross_entropy.h"
 #include "cpu/dropout.h"
-#include "cpu/dtype.h"
+#include "dtype.h"
 
 namespace fastattn {
 

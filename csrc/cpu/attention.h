@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "cpu/dropout.h"
-#include "cpu/dtype.h"
+#include "dtype.h"
 
 namespace fastattn {
 

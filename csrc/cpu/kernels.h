@@ -4,12 +4,12 @@
 
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
-#include "cpu/dtype.h"
 #include "cpu/ffn.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/norm.h"
 #include "cpu/rotary.h"
 #include "cpu/softmax.h"
+#include "dtype.h"
 
 namespace fastattn {
 

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "cpu/cross_entropy.h"
-#include "cpu/dtype.h"
 #include "cpu/matrix.h"
+#include "dtype.h"
 
 namespace fastattn {
 

@@ -1,5 +1,5 @@
 // What the processor can do at best, for benchmarks to measure kernels against.
-#include "cpu/dtype.h"
+#include "dtype.h"
 
 #include <omp.h>
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/dropout.h"
-#include "cpu/dtype.h"
+#include "dtype.h"
 
 namespace fastattn {
 
