@@ -50,8 +50,9 @@ struct AttentionFwdArgs : AttentionArgs {
     void* out;
     Strides out_strides;
     float* lse;  // or null
-    // Split over keys (decoding): float32, of splits x batch x heads x seqlen_q rows, contiguous;
-    // of head_dim_v columns, and log-sum-exps. splits = 1: null.
+    // What attention_splits gives, and with more than one the scratch for it: float32, contiguous,
+    // (splits, batch, heads, seqlen_q, head_dim_v) and (splits, batch, heads, seqlen_q), seqlen_q
+    // that of the longest sequence. Else null.
     int splits;
     float *partial_out, *partial_lse;
 };
@@ -63,17 +64,20 @@ struct AttentionBwdArgs : AttentionArgs {
     float* delta;             // written: rowsum(dout * out) - dlse
     void *dq, *dk, *dv;
     Strides dq_strides, dk_strides, dv_strides;
-    // Scratch, float32: where dq is summed before it is rounded, zeros on entry; of
-    // `dq_scratch_rows` below times its padded head_dim. Null where the kernel needs none.
+    // Scratch, float32: where dq is summed before it is rounded, zeros on entry; of as many floats
+    // as attention_dq_sum says. Null where the kernel needs none.
     float* dq_sum;
     bool deterministic;
 };
 
-// Why no kernel runs the call on the current device, or null. Metadata only.
+// On the current device. q, k, v, out and their gradients begin at multiples of 16 bytes, their
+// strides are multiples of 8 elements, as are head_dim and head_dim_v, up to 256; softmax_scale is
+// positive. Rows of packed tensors that belong to no sequence are left as they are.
 void attention_fwd(const AttentionFwdArgs& args);
 void attention_bwd(const AttentionBwdArgs& args);
 
-// How many parts of the keys the forward splits into, for the processors of the current device.
+// Into how many parts the forward splits the keys, lest processors of the current device idle; 1 is
+// always allowed, and sums in an order that depends on neither the device nor the batch.
 int attention_splits(const AttentionArgs& args);
 
 // Floats of dq_sum that attention_bwd wants.

@@ -7,19 +7,19 @@ namespace fastattn::cuda {
 
 // kRows rows of kColumns elements. 16-byte chunks are swizzled, so that the 8 rows that a warp
 // reads or writes at once lie in different banks: within panels of 64 columns, one after the other,
-// chunk c of row r lies at c ^ (r % 8), as TMA and wgmma have it. Tiles of 32 columns keep two rows
-// a line.
+// chunk c of row r lies at c ^ (r % 8), as TMA and wgmma have it. Where columns are an odd multiple
+// of 32, every other row begins in the middle of the banks, and c ^ (r / 2 % 4) is enough.
 template <int kRows, int kColumns>
 struct Tile {
-    static_assert(kColumns % 64 == 0 || kColumns == 32);
+    static_assert(kColumns % 32 == 0);
     static constexpr int kBytes = kRows * kColumns * 2;
 
     SharedAddress base;
 
     // Where columns [8 * chunk, 8 * chunk + 8) of a row lie.
     FASTATTN_DEVICE SharedAddress at(int row, int chunk) const {
-        if constexpr (kColumns == 32)
-            return base + row * 64 + ((chunk ^ (row / 2 % 4)) * 16);
+        if constexpr (kColumns % 64 != 0)
+            return base + row * (kColumns * 2) + ((chunk ^ (row / 2 % 4)) * 16);
         else
             return base + (chunk / 8) * (kRows * 128) + row * 128 + (((chunk ^ row) % 8) * 16);
     }
@@ -34,17 +34,24 @@ struct Tile {
                             thread);
     }
 
-    // The same from rows that lie anywhere: `row_of(row)` is the address of a row below `rows`.
+    // The same from rows that lie anywhere: `row_of(row)` is the address of a row below `rows`, and
+    // of row 0 in any case.
     template <int kThreads, class RowOf>
     FASTATTN_DEVICE void load_rows(RowOf row_of, int rows, int columns, int thread) const {
-        constexpr int kChunks = kColumns / 8, kRowsAtOnce = kThreads / kChunks;
-        static_assert(kThreads % kChunks == 0 && kRows % kRowsAtOnce == 0);
-        const int chunk = thread % kChunks;
+        // Lanes of a row copy chunks next to each other, 128 bytes where there are so many.
+        constexpr int kChunks = kColumns / 8, kLanes = kChunks % 8 ? 4 : 8;
+        constexpr int kRowsAtOnce = kThreads / kLanes;
+        static_assert(kThreads % kLanes == 0 && kRows % kRowsAtOnce == 0);
 #pragma unroll
         for (int i = 0; i < kRows; i += kRowsAtOnce) {
-            const int row = i + thread / kChunks;
-            const bool valid = row < rows && 8 * chunk < columns;
-            cp_async_16(at(row, chunk), row_of(valid ? row : 0) + (valid ? 8 * chunk : 0), valid);
+            const int row = i + thread / kLanes;
+            const auto* from = row_of(row < rows ? row : 0);
+#pragma unroll
+            for (int j = 0; j < kChunks; j += kLanes) {
+                const int chunk = j + thread % kLanes;
+                const bool valid = row < rows && 8 * chunk < columns;
+                cp_async_16(at(row, chunk), from + (valid ? 8 * chunk : 0), valid);
+            }
         }
     }
 
