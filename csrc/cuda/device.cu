@@ -22,7 +22,8 @@ int attribute(cudaDeviceAttr name, int device) {
 Device describe(int device) {
     return {attribute(cudaDevAttrMultiProcessorCount, device),
             10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                attribute(cudaDevAttrComputeCapabilityMinor, device)};
+                attribute(cudaDevAttrComputeCapabilityMinor, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
 std::string dotted(int capability) {

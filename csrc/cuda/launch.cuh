@@ -32,9 +32,10 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, vo
     check(cudaGetLastError(), "launch");
 }
 
-// Multiprocessors of the current device, and its compute capability as 10 * major + minor.
+// Multiprocessors of the current device, its compute capability as 10 * major + minor, and the bytes
+// of shared memory that a block may have.
 struct Device {
-    int processors, capability;
+    int processors, capability, shared;
 };
 Device current_device();
 
