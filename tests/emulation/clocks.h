@@ -1,0 +1,110 @@
+// What happened before what, in vector clocks (Fidge 1988; Mattern 1988; FastTrack, Flanagan and
+// Freund, PLDI 2009).
+//
+// An agent is whatever accesses memory: agents 0 to threads - 1 are the block's threads, the others
+// streams of asynchronous operations that complete in order (the cp.async groups of one thread, the
+// copies that one mbarrier counts, the wgmma groups of one warpgroup). An access is stamped with
+// its agent and the agent's time. Thread t may touch what agent a touched at time c once t has
+// learned of a's times up to c: from itself, or through barriers and the like.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace fastattn::emulation {
+
+using Time = int32_t;
+
+// Of each agent, up to which time its accesses are known to have happened.
+class VectorClock {
+  public:
+    Time operator[](int agent) const { return size_t(agent) < times_.size() ? times_[agent] : 0; }
+
+    void learn(int agent, Time time) {
+        if (size_t(agent) >= times_.size()) times_.resize((agent + 32) / 32 * 32);
+        times_[agent] = std::max(times_[agent], time);
+    }
+
+    void join(const VectorClock& other) {
+        if (other.times_.size() > times_.size()) times_.resize(other.times_.size());
+        Time* mine = times_.data();
+        const Time* theirs = other.times_.data();
+        const size_t size = other.times_.size();
+        for (size_t i = 0; i < size; ++i) mine[i] = mine[i] < theirs[i] ? theirs[i] : mine[i];
+    }
+
+    void clear() { times_.clear(); }
+
+  private:
+    std::vector<Time> times_;
+};
+
+// The clocks of one block's threads. Times grow from block to block, so that nothing has to be
+// cleared between them.
+class Clocks {
+  public:
+    void start(int threads);
+
+    // The time that the block began after: what is stamped so or earlier belongs to another block.
+    Time beginning() const { return beginning_; }
+    // Everything that threads did up to then is known to all.
+    Time floor() const { return floor_; }
+    int threads() const { return threads_; }
+    int agents() const { return int(agents_.size()); }
+
+    Time now(int agent) const { return agents_[agent].now; }
+    bool knows(int thread, int agent, Time time) const {
+        return time <= (agent < threads_ ? floor_ : agents_[agent].floor) ||
+               time <= known_[thread][agent];
+    }
+
+    // A stream of asynchronous operations. Its accesses are stamped now(agent) until advance().
+    int new_agent(std::string name);
+    const std::string& name(int agent) const { return agents_[agent].name; }
+    // Closes the group of operations that is being issued, and returns its time.
+    Time advance(int agent) { return agents_[agent].now++; }
+    // The thread has waited for `agent`'s operations up to `time`.
+    void learn(int thread, int agent, Time time) { known_[thread].learn(agent, time); }
+
+    // Whoever acquires `object` knows what the thread has done and known until now.
+    void release(int thread, VectorClock& object) {
+        object.join(known_[thread]);
+        tick(thread);
+    }
+    void acquire(int thread, const VectorClock& object) { known_[thread].join(object); }
+
+    // A barrier: every one of `threads` acquires what each released, and what `arrived` holds.
+    void synchronize(std::span<const int> threads, const VectorClock& arrived);
+    // A barrier of all threads of the block.
+    void synchronize_all();
+
+    // What the thread has written by ordinary stores until now, it has shown to the asynchronous
+    // proxy.
+    void fence_proxy_async(int thread);
+    // Whether `thread` knows that what `writer` wrote at `time` was shown to that proxy.
+    bool knows_fenced(int thread, int writer, Time time) const {
+        const int fence = fences_[writer];
+        return fence >= 0 && knows(thread, fence, time);
+    }
+
+  private:
+    struct Agent {
+        std::string name;
+        Time now, floor;
+    };
+
+    void tick(int thread) { known_[thread].learn(thread, ++agents_[thread].now); }
+
+    int threads_ = 0;
+    Time beginning_ = 0, floor_ = 0;
+    std::vector<Agent> agents_;
+    std::vector<VectorClock> known_;  // of each thread
+    std::vector<int> fences_;         // of each thread, the agent that stands for its fences, or -1
+    VectorClock joined_;
+};
+
+}  // namespace fastattn::emulation

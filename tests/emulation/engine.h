@@ -1,0 +1,158 @@
+// Runs kernels on the host, thread by thread, and checks what they do.
+//
+// Blocks run one after the other. The threads of a block are fibers: one runs until it waits for
+// others, at a barrier or at an instruction of the whole warp. Whatever the order, accesses to
+// shared memory that no barrier orders are found by vector clocks (clocks.h). Every fault is thrown
+// by `launch` as a std::runtime_error that names the kernel, the block and the thread.
+//
+// An instruction is written against `block()`, in the name of the thread that runs:
+//   block().meet(...)        the threads of a warp or of a warpgroup act together
+//   block().wait_until(...)  the thread stands still until a condition holds
+//   block().barrier(...)     bar.sync, bar.arrive
+//   block().clocks()         release and acquire order, streams of asynchronous operations
+//   block().shared()         checked access to shared memory, by the thread or by such a stream
+//   block().fail(...)        reports a fault
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulation/clocks.h"
+#include "emulation/cuda.h"
+#include "emulation/fiber.h"
+#include "emulation/shared_memory.h"
+#include "emulation/site.h"
+
+namespace fastattn::emulation {
+
+constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
+
+class Block {
+  public:
+    // The thread that runs.
+    int thread() const { return current_; }
+    int lane() const { return current_ % kWarp; }
+    int threads() const { return threads_; }
+
+    Clocks& clocks() { return clocks_; }
+    SharedMemory& shared() { return shared_; }
+
+    // An ordinary access by the thread that runs, or by `thread`, of the same warp.
+    Access access(const char* instruction, Site site) const {
+        return access(instruction, site, current_);
+    }
+    Access access(const char* instruction, Site site, int thread) const {
+        return {thread, thread, clocks_.now(thread), false, instruction, site};
+    }
+    // An access that a stream of asynchronous operations makes after what `thread` has done so far.
+    Access access_async(const char* instruction, Site site, int thread, int agent,
+                        bool async_proxy) const {
+        return {thread, agent, clocks_.now(agent), async_proxy, instruction, site};
+    }
+
+    // The `size` threads of this warp (32) or warpgroup (128) meet, all at this instruction; the
+    // last one runs act(payloads), payloads[i] pointing to the `mine` of their i-th; then all go
+    // on. It orders no memory.
+    template <class Payload, class Act>
+    void meet(int size, const char* instruction, Site site, Payload& mine, Act act) {
+        Meeting& meeting = meetings_[size == kWarp ? current_ / kWarp
+                                                   : kMaxThreads / kWarp + current_ / kWarpgroup];
+        meeting.payloads[current_ % size] = &mine;
+        if (!arrive(meeting, size, instruction, site)) return;
+        act(reinterpret_cast<Payload* const*>(meeting.payloads));
+        leave(meeting, size);
+    }
+
+    // The thread stands still until ready() holds, which is asked when nobody else can run, so that
+    // it must stay true once it is.
+    template <class Ready>
+    void wait_until(const char* instruction, Site site, Ready ready) {
+        if (ready()) return;
+        park(
+            {instruction, site, [](void* f) { return bool((*static_cast<Ready*>(f))()); }, &ready});
+    }
+    // Lets others run: one step of a loop that polls memory.
+    void poll(const char* instruction, Site site);
+
+    // Barrier `number` of `threads` threads: waits for them, or only arrives.
+    void barrier(int number, int threads, bool waits, const char* instruction, Site site);
+    // Of the block's threads.
+    void barrier(const char* instruction, Site site) {
+        barrier(0, threads_, true, instruction, site);
+    }
+    void warp_sync(Site site);
+
+    // A default-constructed State that lasts as long as the block: what other headers keep of it.
+    template <class State>
+    State& state() {
+        static constexpr char key = 0;
+        std::shared_ptr<void>& found = states_[&key];
+        if (!found) found = std::make_shared<State>();
+        return *static_cast<State*>(found.get());
+    }
+
+    // "<kernel>, block (x, y, z), thread t: <what> (file:line)".
+    [[noreturn]] void fail(int thread, const std::string& what, Site site) const;
+    [[noreturn]] void fail(const std::string& what, Site site) const { fail(current_, what, site); }
+
+    // Runs one block of `threads` threads; each calls body(context).
+    void run(int threads, size_t shared, void (*body)(const void*), const void* context);
+    std::string kernel;  // how reports name it
+
+  private:
+    // Why a thread stands still; `ready`, if there is one, is asked whether it may go on.
+    struct Wait {
+        const char* instruction;
+        Site site;
+        bool (*ready)(void*);
+        void* context;
+    };
+    struct Meeting {
+        int arrived = 0;
+        const char* instruction;
+        Site site;
+        void* payloads[kWarpgroup];
+    };
+    struct Barrier {
+        int expected = 0, arrived = 0;
+        std::vector<int> waiting;
+        VectorClock released;  // by those that only arrive
+    };
+
+    bool arrive(Meeting& meeting, int size, const char* instruction, Site site);
+    void leave(Meeting& meeting, int size);
+    void park(const Wait& wait);
+    void wake(int thread) { ready_[thread / kWarp] |= 1u << thread % kWarp; }
+    void switch_to_next();
+    bool find_ready();
+    bool ask_waiting();
+    std::string who_waits_where() const;
+    static void thread_main(int thread);
+
+    int threads_ = 0, current_ = 0, left_ = 0, polls_ = 0;
+    uint32_t ready_[kMaxThreads / kWarp];  // by warp, a bit a lane
+    std::vector<Wait> waits_;              // of each thread
+    std::vector<bool> exited_;
+    Meeting meetings_[kMaxThreads / kWarp + kMaxThreads / kWarpgroup];
+    Barrier barriers_[16];
+    std::map<const void*, std::shared_ptr<void>> states_;
+    void (*body_)(const void*) = nullptr;
+    const void* context_ = nullptr;
+    std::exception_ptr fault_;
+    Fibers fibers_;
+    Clocks clocks_;
+    SharedMemory shared_{*this};
+};
+
+// The block that runs.
+Block& block();
+
+// The compute capability that current_device() reports, as 10 * major + minor: 80 unless set.
+void set_emulated_capability(int capability);
+int emulated_capability();
+
+}  // namespace fastattn::emulation
