@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "cpu/dropout.h"
 #include "cpu/matrix.h"
 #include "dtype.h"
 
 namespace fastattn {
-
-enum class Activation : int32_t { relu, gelu, gelu_tanh, silu };
 
 struct FFNShape {
     DType dtype;  // of every tensor
