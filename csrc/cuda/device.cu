@@ -72,4 +72,13 @@ std::string device_refusal(int device) {
     return probed == cudaSuccess ? "" : forget(probed);
 }
 
+OnDevice::OnDevice(int device) : device_(device) {
+    check(cudaGetDevice(&before_), "current device");
+    if (before_ != device_) check(cudaSetDevice(device_), "current device");
+}
+
+OnDevice::~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+}
+
 }  // namespace fastattn::cuda

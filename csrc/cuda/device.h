@@ -9,4 +9,16 @@ namespace fastattn::cuda {
 // capability 7.5 < 8.0"; empty if they can. It takes long: ask once a device.
 std::string device_refusal(int device);
 
+// Makes a device the current one of this thread as long as it lives.
+class OnDevice {
+public:
+    explicit OnDevice(int device);
+    ~OnDevice();
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+private:
+    int before_, device_;
+};
+
 }  // namespace fastattn::cuda
