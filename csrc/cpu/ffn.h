@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "activation.h"
+#include "../activation.h"
 #include "cpu/dropout.h"
 #include "cpu/matrix.h"
 #include "dtype.h"

@@ -1,7 +1,7 @@
 // The activations of a feed-forward network and their slopes, in float32.
 #pragma once
 
-#include "activation.h"
+#include "../activation.h"
 #include "cuda/ptx.cuh"
 
 namespace fastattn::cuda {
@@ -16,7 +16,9 @@ FASTATTN_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exponen
 struct Relu {
     // A NaN stays one.
     static FASTATTN_DEVICE float value(float x) { return x < 0.0f ? 0.0f : x; }
-    static FASTATTN_DEVICE ValueAndSlope both(float x) { return {value(x), x > 0.0f ? 1.0f : 0.0f}; }
+    static FASTATTN_DEVICE ValueAndSlope both(float x) {
+        return {value(x), x > 0.0f ? 1.0f : 0.0f};
+    }
 };
 
 struct Gelu {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "activation.h"
+#include "../activation.h"
 #include "dtype.h"
 
 namespace fastattn::cuda {
