@@ -4,17 +4,11 @@
 
 #include "cuda/attention.h"
 #include "cuda/philox.cuh"
+#include "cuda/tile.cuh"
 
 namespace fastattn::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// Which features a kernel is compiled for: those of every call are free, the others cost registers.
-struct Features {
-    bool softcap, alibi, dropout;
-    constexpr bool plain() const { return !softcap && !alibi && !dropout; }
-};
-constexpr Features kPlain{false, false, false}, kFeatured{true, true, true};
 
 // One sequence of the batch: its first rows in q and k where they are packed (else 0), its lengths
 // and the offset of its diagonal.
@@ -44,6 +38,43 @@ FASTATTN_DEVICE int64_t row_offset(const Strides& strides, bool packed, int batc
                                    int64_t start, int row) {
     return (packed ? 0 : batch * strides.batch) + head * strides.head + (start + row) * strides.row;
 }
+
+// The rows of keys or of values of one sequence and head, in one tensor or in the pages of a cache.
+template <class T>
+struct KeyRows {
+    const T* begin;  // row 0, or that of page 0
+    int64_t row_stride, page_stride;
+    const int32_t* pages;  // or null
+    int page_size;
+
+    FASTATTN_DEVICE KeyRows(const AttentionArgs& a, const void* tensor, const Strides& strides,
+                            const Sequence& s, int batch, int head_kv)
+        : begin(static_cast<const T*>(tensor)),
+          row_stride(strides.row),
+          page_stride(strides.batch),
+          pages(a.block_table ? a.block_table + batch * a.block_table_stride : nullptr),
+          page_size(a.page_size) {
+        const bool unbatched = pages || a.cu_seqlens_k;
+        begin += row_offset(strides, unbatched, batch, head_kv, s.start_k, 0);
+    }
+
+    // Into `tile` from row first_key on, zeros from row `end` on; see Tile::load.
+    template <int kThreads, class KeyTile>
+    FASTATTN_DEVICE void load(const KeyTile& tile, int first_key, int end, int columns,
+                              int thread) const {
+        if (!pages) {
+            const T* from = begin + first_key * row_stride;
+            tile.template load<kThreads>(from, row_stride, end - first_key, columns, thread);
+            return;
+        }
+        const auto row_of = [&](int row) {
+            const int key = first_key + row;
+            const int64_t page = ld_readonly(pages + key / page_size);
+            return begin + page * page_stride + key % page_size * row_stride;
+        };
+        tile.template load_rows<kThreads>(row_of, end - first_key, columns, thread);
+    }
+};
 
 struct Range {
     int begin, end;
@@ -81,15 +112,16 @@ FASTATTN_DEVICE float tanh_by_exp2(float x) {
     return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * kLog2E * x));
 }
 
-// The score, in units of log2, of a product q.k: capped, then with ALiBi's slope. The factor of a
-// plain call is softmax_scale * log2(e), which folds into the exponent.
-template <Features features>
+// The score, in units of log2, of a product q.k. Kernels are compiled without and with features
+// that cost registers: softcap, ALiBi, dropout. Of a plain call's score, the factor
+// softmax_scale * log2(e) folds into the exponent.
+template <bool kFeatured>
 FASTATTN_DEVICE float score_of(const AttentionArgs& a, const Sequence& s, float product,
                                float slope, int row, int key) {
     float score = product * (a.softmax_scale * kLog2E);
-    if (features.softcap && a.softcap != 0.0f)
+    if (kFeatured && a.softcap != 0.0f)
         score = a.softcap * kLog2E * tanh_by_exp2(product * (a.softmax_scale / a.softcap));
-    if (features.alibi) score -= slope * kLog2E * fabsf(float(key - row - s.offset));
+    if (kFeatured) score -= slope * kLog2E * fabsf(float(key - row - s.offset));
     return score;
 }
 

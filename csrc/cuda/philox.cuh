@@ -27,4 +27,10 @@ FASTATTN_DEVICE void philox_words(uint32_t (&words)[4], uint64_t seed, int colum
     philox(words, seed);
 }
 
+// words[i % 4], i not known when compiled.
+FASTATTN_DEVICE uint32_t word_of(const uint32_t (&words)[4], int i) {
+    const uint32_t even = i & 2 ? words[2] : words[0], odd = i & 2 ? words[3] : words[1];
+    return i & 1 ? odd : even;
+}
+
 }  // namespace fastattn::cuda

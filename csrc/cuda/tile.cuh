@@ -55,6 +55,25 @@ struct Tile {
         }
     }
 
+    // Stores rows [first_row, first_row + kCount) to where `load` would have read the tile. By one
+    // warp.
+    template <int kCount, class T>
+    FASTATTN_DEVICE void store(T* to, int64_t row_stride, int rows, int columns, int first_row,
+                               int lane) const {
+        constexpr int kChunks = kColumns / 8, kLanes = kChunks % 8 ? 4 : 8;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 32 / kLanes) {
+            const int row = first_row + i + lane / kLanes;
+#pragma unroll
+            for (int j = 0; j < kChunks; j += kLanes) {
+                const int chunk = j + lane % kLanes;
+                if (row < rows && 8 * chunk < columns)
+                    st_global(reinterpret_cast<uint4*>(to + row * row_stride + 8 * chunk),
+                              ld_shared<uint4>(at(row, chunk)));
+            }
+        }
+    }
+
     // Fragments of a (16, 16) and of two b's (16, 8), b[0] and b[1] of the first, from a tile
     // stored
     //   row by row as the operand is (rows: m of a; n of b, which is to say b transposed),
