@@ -33,8 +33,14 @@ CXX_FLAGS = (
     "-fno-trapping-math -Wall -Wextra"
 )
 NVCC_FLAGS = (
-    "-std=c++20 -O3 --threads 0 -cudart static -Xcompiler -fPIC,-fvisibility=hidden "
-    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+    "-std=c++20 -O3 -DNDEBUG --threads 4 -cudart static -Xcompiler -fPIC,-fvisibility=hidden"
+)
+# A file's kernels run on compute capability 9.0 alone, or on 8.0 and up: compiled for 8.x and 9.0,
+# and as PTX, which the driver compiles for what came later.
+SM90 = "-gencode arch=compute_90a,code=sm_90a"
+SM80 = (
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80 "
+    "-gencode arch=compute_90,code=sm_90"
 )
 NVCC_LINK = ("-cudart", "static", "--forward-unknown-to-host-compiler")
 OR_OFF = "or set FASTATTN_NATIVE=off to install without native kernels"
@@ -195,7 +201,7 @@ rule cxx
   deps = gcc
   description = $cxx $out
 rule nvcc
-  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out
+  command = $nvcc $nvcc_flags $extra -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = nvcc $out
@@ -249,7 +255,12 @@ class NinjaBuild(build_ext):
         nvcc = choose_nvcc()
         cuda_sources = sorted(CSRC.glob("cuda/*.cu")) if nvcc else []
         if nvcc and cuda_sources:
-            steps += [("nvcc", source, f"cuda/{source.stem}", "") for source in cuda_sources]
+            for source in cuda_sources:
+                targets = SM90 if source.stem.endswith("_sm90") else SM80
+                steps.append(("nvcc", source, f"cuda/{source.stem}", targets))
+            for source in CSRC.glob("bindings/cuda/*.cpp"):
+                name = f"bindings/cuda/{source.stem}"
+                steps.append(("cxx", source, name, "$bindings_flags"))
             bindings_flags.append("-DFASTATTN_CUDA")
             link = [str(nvcc), "-ccbin", compiler.driver, *NVCC_LINK]
 

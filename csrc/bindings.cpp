@@ -4,6 +4,10 @@
 
 #include "isa.h"
 
+#ifdef FASTATTN_CUDA
+#include "bindings/cuda.h"
+#endif
+
 namespace fastattn {
 namespace {
 
@@ -13,12 +17,6 @@ const std::string kCompiler =
 #else
 const std::string kCompiler =
     "gcc " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__);
-#endif
-
-#ifdef FASTATTN_CUDA
-constexpr bool kCuda = true;
-#else
-constexpr bool kCuda = false;
 #endif
 
 }  // namespace
@@ -55,8 +53,11 @@ PYBIND11_MODULE(_C, m) {
     bind_cross_entropy(m);
     bind_linear_cross_entropy(m);
     bind_rotary(m);
+#ifdef FASTATTN_CUDA
+    py::module_ cuda_module = m.def_submodule("cuda");
+    cuda::bind(cuda_module);
+#endif
 
     m.attr("__version__") = FASTATTN_VERSION;
     m.attr("compiler") = kCompiler;
-    m.attr("cuda") = kCuda;
 }

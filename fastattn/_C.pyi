@@ -4,7 +4,6 @@ from typing import Any
 
 __version__: str
 compiler: str
-cuda: bool
 
 def isas() -> list[str]: ...
 def isas_available() -> list[str]: ...

@@ -113,7 +113,7 @@ def _native() -> dict[str, Any]:
         "isas": module.isas(),
         "isas_available": module.isas_available(),
         "isa": isa,
-        "cuda": module.cuda,
+        "cuda": hasattr(module, "cuda"),
     }
 
 

@@ -1,5 +1,5 @@
 """The backends, in the order in which `fastattn.dispatch` asks them."""
 
-from fastattn.backends import cpu, reference, triton
+from fastattn.backends import cpu, cuda, reference, triton
 
-BACKENDS = (cpu, triton, reference)
+BACKENDS = (cpu, cuda, triton, reference)
