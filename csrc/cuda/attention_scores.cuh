@@ -68,9 +68,9 @@ struct KeyRows {
             return;
         }
         const auto row_of = [&](int row) {
-            const int key = first_key + row;
-            const int64_t page = ld_readonly(pages + key / page_size);
-            return begin + page * page_stride + key % page_size * row_stride;
+            const unsigned key = min(first_key + row, end - 1), size = page_size;
+            const int64_t page = ld_readonly(pages + key / size);
+            return begin + page * page_stride + key % size * row_stride;
         };
         tile.template load_rows<kThreads>(row_of, end - first_key, columns, thread);
     }

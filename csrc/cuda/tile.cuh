@@ -14,14 +14,14 @@ struct Tile {
     static_assert(kColumns % 32 == 0);
     static constexpr int kBytes = kRows * kColumns * 2;
 
+    // Lanes that copy chunks of a row next to each other, 128 bytes where there are so many.
+    static constexpr int kLanes = kColumns % 64 ? 4 : 8;
+
     SharedAddress base;
 
     // Where columns [8 * chunk, 8 * chunk + 8) of a row lie.
     FASTATTN_DEVICE SharedAddress at(int row, int chunk) const {
-        if constexpr (kColumns % 64 != 0)
-            return base + row * (kColumns * 2) + ((chunk ^ (row / 2 % 4)) * 16);
-        else
-            return base + (chunk / 8) * (kRows * 128) + row * 128 + (((chunk ^ row) % 8) * 16);
+        return base + within(row, chunk) + panel(chunk);
     }
 
     // Copies, asynchronously, rows [0, kRows) from `from`, the element (0, 0) of a matrix whose
@@ -29,29 +29,33 @@ struct Tile {
     // `columns` on, columns a multiple of 8. By kThreads threads, of which this is number `thread`.
     template <int kThreads, class T>
     FASTATTN_DEVICE void load(const T* from, int64_t row_stride, int rows, int columns,
-                              int thread) const {
-        load_rows<kThreads>([&](int row) { return from + row * row_stride; }, rows, columns,
-                            thread);
+                              unsigned thread) const {
+        const char* row =
+            reinterpret_cast<const char*>(from) + int64_t(thread / kLanes) * (2 * row_stride);
+        load_rows<kThreads>(
+            [&](int) {
+                const char* this_row = row;
+                row += kThreads / kLanes * (2 * row_stride);
+                return this_row;
+            },
+            rows, columns, thread);
     }
 
-    // The same from rows that lie anywhere: `row_of(row)` is the address of a row below `rows`, and
-    // of row 0 in any case.
+    // The same from rows that lie anywhere: `row_of(row)` is the address of a row, which from
+    // `rows` on is not read. It is asked for in rising order.
     template <int kThreads, class RowOf>
-    FASTATTN_DEVICE void load_rows(RowOf row_of, int rows, int columns, int thread) const {
-        // Lanes of a row copy chunks next to each other, 128 bytes where there are so many.
-        constexpr int kChunks = kColumns / 8, kLanes = kChunks % 8 ? 4 : 8;
+    FASTATTN_DEVICE void load_rows(RowOf row_of, int rows, int columns, unsigned thread) const {
         constexpr int kRowsAtOnce = kThreads / kLanes;
         static_assert(kThreads % kLanes == 0 && kRows % kRowsAtOnce == 0);
+        const int lane_row = thread / kLanes, lane_chunk = thread % kLanes;
 #pragma unroll
         for (int i = 0; i < kRows; i += kRowsAtOnce) {
-            const int row = i + thread / kLanes;
-            const auto* from = row_of(row < rows ? row : 0);
+            const char* from =
+                reinterpret_cast<const char*>(row_of(i + lane_row)) + lane_chunk * 16;
 #pragma unroll
-            for (int j = 0; j < kChunks; j += kLanes) {
-                const int chunk = j + thread % kLanes;
-                const bool valid = row < rows && 8 * chunk < columns;
-                cp_async_16(at(row, chunk), from + (valid ? 8 * chunk : 0), valid);
-            }
+            for (int j = 0; j < kColumns / 8; j += kLanes)
+                cp_async_16(lane_at(lane_row, lane_chunk, i, j), from + 16 * j,
+                            i + lane_row < rows && 8 * (j + lane_chunk) < columns);
         }
     }
 
@@ -60,12 +64,11 @@ struct Tile {
     template <int kCount, class T>
     FASTATTN_DEVICE void store(T* to, int64_t row_stride, int rows, int columns, int first_row,
                                int lane) const {
-        constexpr int kChunks = kColumns / 8, kLanes = kChunks % 8 ? 4 : 8;
 #pragma unroll
         for (int i = 0; i < kCount; i += 32 / kLanes) {
             const int row = first_row + i + lane / kLanes;
 #pragma unroll
-            for (int j = 0; j < kChunks; j += kLanes) {
+            for (int j = 0; j < kColumns / 8; j += kLanes) {
                 const int chunk = j + lane % kLanes;
                 if (row < rows && 8 * chunk < columns)
                     st_global(reinterpret_cast<uint4*>(to + row * row_stride + 8 * chunk),
@@ -81,19 +84,41 @@ struct Tile {
     // `row`, `column`: of the tile, multiples of 16.
     FASTATTN_DEVICE void fragment_a(uint32_t (&a)[4], int row, int column) const {
         const int lane = threadIdx.x % 32;
-        ldmatrix_x4(a, at(row + lane % 16, column / 8 + lane / 16));
+        ldmatrix_x4(a, lane_at(lane % 16, lane / 16, row, column / 8));
     }
     FASTATTN_DEVICE void fragment_a_trans(uint32_t (&a)[4], int row, int column) const {
         const int lane = threadIdx.x % 32;
-        ldmatrix_x4_trans(a, at(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+        ldmatrix_x4_trans(a, lane_at(lane / 16 * 8 + lane % 8, lane / 8 % 2, row, column / 8));
     }
     FASTATTN_DEVICE void fragment_b(uint32_t (&b)[4], int row, int column) const {
         const int lane = threadIdx.x % 32;
-        ldmatrix_x4(b, at(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+        ldmatrix_x4(b, lane_at(lane / 16 * 8 + lane % 8, lane / 8 % 2, row, column / 8));
     }
     FASTATTN_DEVICE void fragment_b_trans(uint32_t (&b)[4], int row, int column) const {
         const int lane = threadIdx.x % 32;
-        ldmatrix_x4_trans(b, at(row + lane % 16, column / 8 + lane / 16));
+        ldmatrix_x4_trans(b, lane_at(lane % 16, lane / 16, row, column / 8));
+    }
+
+  private:
+    // Chunks that swizzling permutes among themselves; rows of 64 columns or of all.
+    static constexpr int kGroup = kColumns % 64 ? 4 : 8;
+    static constexpr int kRowBytes = kColumns % 64 ? 2 * kColumns : 128;
+
+    // at(row + lane_row, chunk + lane_chunk), no bit set in both of either pair. What depends on
+    // the lane is the same for all rows and chunks that are multiples of kGroup.
+    FASTATTN_DEVICE SharedAddress lane_at(int lane_row, int lane_chunk, int row, int chunk) const {
+        const int lane = within(lane_row, lane_chunk) ^ swizzled(row, chunk);
+        return base + lane + row * kRowBytes + panel(chunk);
+    }
+    // Of a row's panel.
+    static FASTATTN_DEVICE int within(int row, int chunk) {
+        return row * kRowBytes + swizzled(row, chunk);
+    }
+    static FASTATTN_DEVICE int swizzled(int row, int chunk) {
+        return ((kColumns % 64 ? row / 2 : row) ^ chunk) % kGroup * 16;
+    }
+    static FASTATTN_DEVICE int panel(int chunk) {
+        return chunk / kGroup * (kColumns % 64 ? 64 : kRows * 128);
     }
 };
 
