@@ -73,7 +73,7 @@ class Clocks {
     // Whoever acquires `object` knows what the thread has done and known until now.
     void release(int thread, VectorClock& object) {
         object.join(known_[thread]);
-        tick(thread);
+        set_now(thread, now(thread) + 1);
     }
     void acquire(int thread, const VectorClock& object) { known_[thread].join(object); }
 
@@ -97,7 +97,10 @@ class Clocks {
         Time now, floor;
     };
 
-    void tick(int thread) { known_[thread].learn(thread, ++agents_[thread].now); }
+    void set_now(int thread, Time time) {
+        agents_[thread].now = time;
+        known_[thread].learn(thread, time);
+    }
 
     int threads_ = 0;
     Time beginning_ = 0, floor_ = 0;

@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <string>
@@ -31,6 +32,13 @@ namespace fastattn::emulation {
 
 constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
 
+// What the threads of a meeting brought along.
+template <class Payload>
+struct Payloads {
+    void* const* each;
+    Payload* operator[](int i) const { return static_cast<Payload*>(each[i]); }
+};
+
 class Block {
   public:
     // The thread that runs.
@@ -39,6 +47,7 @@ class Block {
     int threads() const { return threads_; }
 
     Clocks& clocks() { return clocks_; }
+    const Clocks& clocks() const { return clocks_; }
     SharedMemory& shared() { return shared_; }
 
     // An ordinary access by the thread that runs, or by `thread`, of the same warp.
@@ -63,8 +72,8 @@ class Block {
                                                    : kMaxThreads / kWarp + current_ / kWarpgroup];
         meeting.payloads[current_ % size] = &mine;
         if (!arrive(meeting, size, instruction, site)) return;
-        act(reinterpret_cast<Payload* const*>(meeting.payloads));
-        leave(meeting, size);
+        act(Payloads<Payload>{meeting.payloads});
+        leave(size);
     }
 
     // The thread stands still until ready() holds, which is asked when nobody else can run, so that
@@ -106,38 +115,42 @@ class Block {
   private:
     // Why a thread stands still; `ready`, if there is one, is asked whether it may go on.
     struct Wait {
-        const char* instruction;
-        Site site;
-        bool (*ready)(void*);
-        void* context;
+        const char* instruction = nullptr;
+        Site site{};
+        bool (*ready)(void*) = nullptr;
+        void* context = nullptr;
     };
     struct Meeting {
-        int arrived = 0;
+        int arrived;
         const char* instruction;
         Site site;
         void* payloads[kWarpgroup];
     };
     struct Barrier {
         int expected = 0, arrived = 0;
+        uint32_t lanes[kMaxThreads / kWarp] = {};  // that arrived, by warp
         std::vector<int> waiting;
         VectorClock released;  // by those that only arrive
     };
 
     bool arrive(Meeting& meeting, int size, const char* instruction, Site site);
-    void leave(Meeting& meeting, int size);
+    void leave(int size);
+    void complete(Barrier& barrier, const char* instruction, Site site);
     void park(const Wait& wait);
     void wake(int thread) { ready_[thread / kWarp] |= 1u << thread % kWarp; }
     void switch_to_next();
     bool find_ready();
-    bool ask_waiting();
+    void ask_waiting();
+    void exit();
     std::string who_waits_where() const;
+    std::string place() const;
     static void thread_main(int thread);
 
     int threads_ = 0, current_ = 0, left_ = 0, polls_ = 0;
-    uint32_t ready_[kMaxThreads / kWarp];  // by warp, a bit a lane
-    std::vector<Wait> waits_;              // of each thread
-    std::vector<bool> exited_;
-    Meeting meetings_[kMaxThreads / kWarp + kMaxThreads / kWarpgroup];
+    uint32_t ready_[kMaxThreads / kWarp] = {};  // by warp, a bit a lane
+    Wait waits_[kMaxThreads];
+    bool exited_[kMaxThreads] = {};
+    Meeting meetings_[kMaxThreads / kWarp + kMaxThreads / kWarpgroup] = {};
     Barrier barriers_[16];
     std::map<const void*, std::shared_ptr<void>> states_;
     void (*body_)(const void*) = nullptr;
@@ -149,7 +162,8 @@ class Block {
 };
 
 // The block that runs.
-Block& block();
+inline Block* running = nullptr;
+inline Block& block() { return *running; }
 
 // The compute capability that current_device() reports, as 10 * major + minor: 80 unless set.
 void set_emulated_capability(int capability);

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "emulation/clocks.h"
@@ -34,6 +35,8 @@ class SharedMemory {
     explicit SharedMemory(const Block& block) : block_(block) {}
 
     void start(size_t bytes);
+    // Drops what is known of earlier blocks, when their times begin anew.
+    void forget();
     size_t bytes() const { return size_; }
 
     // Checks and notes the access of `bytes` bytes, a multiple of 4, from an address aligned to
@@ -57,13 +60,16 @@ class SharedMemory {
         std::vector<Reads> words;
     };
 
-    size_t first_word(SharedAddress address, int bytes, int alignment, const char* verb,
-                      const Access& access) const;
+    size_t first_word(SharedAddress address, int bytes, int alignment, const Access& access) const;
     bool sees(const Access& access, const Write& write) const;
-    void note_read(size_t word, const Access& access);
-    void check_readers(size_t word, int words, const Access& access) const;
+    static void note_read(Readers& readers, size_t word, const Access& access);
+    void check_readers(size_t first, size_t end, const Access& access) const;
+
+    static std::string at(size_t word, const char* verb, const Access& access);
+    std::string who_wrote(const Write& write, const Access& access) const;
     [[noreturn]] void fail_read(size_t word, const Access& access) const;
-    [[noreturn]] void fail_write(size_t word, const std::string& other, const Access& access) const;
+    [[noreturn]] void fail_overwrite(size_t word, const Access& access) const;
+    [[noreturn]] void fail_write(size_t word, int reader, const Access& access) const;
 
     const Block& block_;
     size_t size_ = 0;

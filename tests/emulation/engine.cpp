@@ -1,0 +1,239 @@
+#include "emulation/engine.h"
+
+#include <bit>
+#include <cstring>
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+
+namespace fastattn::emulation {
+
+namespace {
+
+// So many times in a row may all that can run poll memory.
+constexpr int kMaxPolls = 100'000;
+
+bool always(void*) { return true; }
+
+int capability = 80;
+
+}  // namespace
+
+void set_emulated_capability(int value) { capability = value; }
+int emulated_capability() { return capability; }
+
+std::string Site::str() const {
+    std::string_view name = file ? file : "?";
+    const size_t folder = name.find("csrc/");
+    name.remove_prefix(folder != name.npos ? folder : name.rfind('/') + 1);
+    return std::string(name) + ":" + std::to_string(line);
+}
+
+std::string Block::place() const {
+    return kernel + ", block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
+           ", " + std::to_string(blockIdx.z) + ")";
+}
+
+void Block::fail(int thread, const std::string& what, Site site) const {
+    throw std::runtime_error(place() + ", thread " + std::to_string(thread) + ": " + what + " (" +
+                             site.str() + ")");
+}
+
+void Block::run(int threads, size_t shared, void (*body)(const void*), const void* context) {
+    if (clocks_.beginning() > 1 << 30) {
+        clocks_ = {};
+        shared_.forget();
+    }
+    threads_ = left_ = threads;
+    body_ = body, context_ = context;
+    polls_ = 0;
+    fault_ = nullptr;
+    clocks_.start(threads);
+    shared_.start(shared);
+    states_.clear();
+    for (Meeting& meeting : meetings_) meeting.arrived = 0;
+    for (Barrier& barrier : barriers_) barrier = {};
+    for (int t = 0; t < threads; ++t) waits_[t] = {}, exited_[t] = false;
+    for (int w = 0; w < threads / kWarp; ++w) ready_[w] = ~0u;
+    fibers_.start(threads, thread_main);
+
+    running = this;
+    current_ = 0;
+    find_ready();
+    fibers_.enter(current_);
+    states_.clear();
+    if (fault_) std::rethrow_exception(std::exchange(fault_, nullptr));
+}
+
+void Block::thread_main(int thread) {
+    Block& self = block();
+    try {
+        self.body_(self.context_);
+        self.exit();
+    } catch (...) {
+        self.fault_ = std::current_exception();
+    }
+    self.fibers_.leave(thread);
+}
+
+void Block::exit() {
+    exited_[current_] = true;
+    if (--left_ != 0) switch_to_next();
+}
+
+void Block::park(const Wait& wait) {
+    const int thread = current_;
+    waits_[thread] = wait;
+    switch_to_next();
+    waits_[thread].instruction = nullptr;
+}
+
+// A warp runs until it must wait, before the next one does.
+bool Block::find_ready() {
+    const int warps = threads_ / kWarp;
+    int warp = current_ / kWarp;
+    for (int i = 0; i < warps; ++i, warp = warp + 1 == warps ? 0 : warp + 1) {
+        if (ready_[warp] == 0) continue;
+        const int lane = std::countr_zero(ready_[warp]);
+        ready_[warp] &= ready_[warp] - 1;
+        current_ = kWarp * warp + lane;
+        threadIdx.x = current_;
+        return true;
+    }
+    return false;
+}
+
+void Block::switch_to_next() {
+    const int from = current_;
+    if (!find_ready()) {
+        ask_waiting();
+        if (!find_ready()) throw std::runtime_error(place() + ": deadlock: " + who_waits_where());
+    }
+    if (current_ != from) fibers_.switch_to(from, current_);
+}
+
+void Block::ask_waiting() {
+    bool only_polls = true;
+    for (int t = 0; t < threads_; ++t) {
+        const Wait& wait = waits_[t];
+        if (exited_[t] || !wait.instruction || !wait.ready || !wait.ready(wait.context)) continue;
+        only_polls &= wait.ready == always;
+        wake(t);
+    }
+    polls_ = only_polls ? polls_ + 1 : 0;
+    if (polls_ > kMaxPolls)
+        throw std::runtime_error(place() + ": polls without end: " + who_waits_where());
+}
+
+void Block::poll(const char* instruction, Site site) { park({instruction, site, always, nullptr}); }
+
+bool Block::arrive(Meeting& meeting, int size, const char* instruction, Site site) {
+    if (meeting.arrived == 0) {
+        meeting.instruction = instruction;
+        meeting.site = site;
+    } else if (meeting.site != site || std::strcmp(meeting.instruction, instruction) != 0) {
+        fail(std::string("divergence: it is at ") + instruction + ", other threads of its warp" +
+                 (size == kWarp ? "" : "group") + " at " + meeting.instruction + " (" +
+                 meeting.site.str() + ")",
+             site);
+    }
+    if (++meeting.arrived == size) {
+        meeting.arrived = 0;
+        return true;
+    }
+    park({instruction, site});
+    return false;
+}
+
+void Block::leave(int size) {
+    polls_ = 0;
+    const int first = current_ / size * size / kWarp;
+    for (int warp = first; warp < first + size / kWarp; ++warp) ready_[warp] = ~0u;
+    ready_[current_ / kWarp] &= ~(1u << current_ % kWarp);
+}
+
+void Block::barrier(int number, int threads, bool waits, const char* instruction, Site site) {
+    if (number < 0 || number >= 16)
+        fail("barrier " + std::to_string(number) + " is none of 0 to 15", site);
+    if (threads <= 0 || threads % kWarp != 0 || threads > threads_)
+        fail("a barrier of " + std::to_string(threads) + " threads in a block of " +
+                 std::to_string(threads_) + ": it wants a multiple of 32",
+             site);
+    Barrier& barrier = barriers_[number];
+    if (barrier.arrived != 0 && barrier.expected != threads)
+        fail("barrier " + std::to_string(number) + " is met with " + std::to_string(threads) +
+                 " threads, but others met it with " + std::to_string(barrier.expected),
+             site);
+    uint32_t& lanes = barrier.lanes[current_ / kWarp];
+    if (lanes >> lane() & 1)
+        fail("barrier " + std::to_string(number) + " is met again before it was complete", site);
+    lanes |= 1u << lane();
+    barrier.expected = threads;
+    ++barrier.arrived;
+    if (waits)
+        barrier.waiting.push_back(current_);
+    else
+        clocks_.release(current_, barrier.released);
+    if (barrier.arrived == barrier.expected)
+        complete(barrier, instruction, site);
+    else if (waits)
+        park({instruction, site});
+}
+
+void Block::complete(Barrier& barrier, const char* instruction, Site site) {
+    for (const uint32_t& lanes : barrier.lanes)
+        if (lanes != 0 && lanes != ~0u)
+            fail(std::string(instruction) + ": of warp " + std::to_string(&lanes - barrier.lanes) +
+                     " only some lanes came, but whole warps meet",
+                 site);
+    if (int(barrier.waiting.size()) == threads_)
+        clocks_.synchronize_all();
+    else
+        clocks_.synchronize(barrier.waiting, barrier.released);
+    for (const int t : barrier.waiting)
+        if (t != current_) wake(t);
+    polls_ = 0;
+    barrier.arrived = 0;
+    barrier.waiting.clear();
+    barrier.released.clear();
+    for (uint32_t& lanes : barrier.lanes) lanes = 0;
+}
+
+void Block::warp_sync(Site site) {
+    int mine = 0;
+    meet(kWarp, "warp_sync", site, mine, [&](Payloads<int>) {
+        int lanes[kWarp];
+        for (int i = 0; i < kWarp; ++i) lanes[i] = current_ / kWarp * kWarp + i;
+        clocks_.synchronize(lanes, {});
+    });
+}
+
+std::string Block::who_waits_where() const {
+    // Threads that stand at one place, as ranges: "threads 0-31 and 64-95 wait at ...".
+    std::map<std::string, std::vector<std::pair<int, int>>> places;
+    for (int t = 0; t < threads_; ++t) {
+        const Wait& wait = waits_[t];
+        std::string where = "have exited";
+        if (!exited_[t])
+            where = std::string("wait at ") + (wait.instruction ? wait.instruction : "?") + " (" +
+                    wait.site.str() + ")";
+        auto& ranges = places[where];
+        if (!ranges.empty() && ranges.back().second == t - 1)
+            ranges.back().second = t;
+        else
+            ranges.emplace_back(t, t);
+    }
+    std::string text;
+    for (const auto& [where, ranges] : places) {
+        text += text.empty() ? "threads " : "; threads ";
+        for (const auto& [first, last] : ranges) {
+            if (&ranges.front().first != &first) text += ", ";
+            text += std::to_string(first);
+            if (last != first) text += "-" + std::to_string(last);
+        }
+        text += " " + where;
+    }
+    return text;
+}
+
+}  // namespace fastattn::emulation

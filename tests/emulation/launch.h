@@ -1,0 +1,55 @@
+// launch of csrc/cuda/launch.cuh on the host.
+#pragma once
+
+#include <cstddef>
+#include <tuple>
+#include <type_traits>
+
+#include "emulation/cuda.h"
+#include "emulation/engine.h"
+
+namespace fastattn::emulation {
+
+// A grid, and where it was launched.
+struct Grid {
+    dim3 size;
+    const char* launcher;
+    Site site;
+
+    Grid(dim3 size, const char* launcher = __builtin_FUNCTION(), Site site = Site::here())
+        : size(size), launcher(launcher), site(site) {}
+    Grid(unsigned x, unsigned y = 1, unsigned z = 1, const char* launcher = __builtin_FUNCTION(),
+         Site site = Site::here())
+        : size(x, y, z), launcher(launcher), site(site) {}
+};
+
+// Runs the blocks one after the other; body(context) is what a thread does.
+void run_grid(const Grid& grid, int threads, size_t shared, void (*body)(const void*),
+              const void* context);
+
+}  // namespace fastattn::emulation
+
+namespace fastattn::cuda {
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), emulation::Grid grid, int threads, size_t shared,
+            [[maybe_unused]] void* stream, const Args&... args) {
+    struct Call {
+        void (*kernel)(Params...);
+        std::tuple<std::remove_cv_t<Params>...> params;
+    } call{kernel, {args...}};
+    emulation::run_grid(
+        grid, threads, shared,
+        [](const void* context) {
+            const Call& call = *static_cast<const Call*>(context);
+            std::apply(call.kernel, call.params);
+        },
+        &call);
+}
+
+struct Device {
+    int processors, capability;
+};
+inline Device current_device() { return {4, emulation::emulated_capability()}; }
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,105 @@
+#include "emulation/ptx.h"
+
+#include <string>
+#include <vector>
+
+namespace fastattn::emulation {
+
+namespace {
+
+// Of each thread, the stream of its cp.async groups, or -1.
+struct CopyGroups {
+    int agents[kMaxThreads];
+    CopyGroups() { std::fill(std::begin(agents), std::end(agents), -1); }
+};
+
+int copy_groups_of(int thread) {
+    int& agent = block().state<CopyGroups>().agents[thread];
+    if (agent < 0)
+        agent = block().clocks().new_agent("cp_async_16 of thread " + std::to_string(thread));
+    return agent;
+}
+
+}  // namespace
+
+// The bytes arrive at once, but nobody may look before the group has been waited for.
+void cp_async(SharedAddress to, const void* from, bool valid, Site site) {
+    if (valid) check_global(from, 16, 16, "cp_async_16", site);
+    const int thread = block().thread();
+    const Access access =
+        block().access_async("cp_async_16", site, thread, copy_groups_of(thread), false);
+    uint8_t* target = block().shared().write(to, 16, 16, access);
+    if (valid)
+        std::memcpy(target, from, 16);
+    else
+        std::memset(target, 0, 16);
+}
+
+void cp_async_commit() { block().clocks().advance(copy_groups_of(block().thread())); }
+
+void cp_async_wait(int pending) {
+    Clocks& clocks = block().clocks();
+    const int thread = block().thread(), agent = copy_groups_of(thread);
+    clocks.learn(thread, agent, clocks.now(agent) - 1 - pending);
+}
+
+void ldmatrix(uint32_t (&d)[4], SharedAddress row, bool transposed, Site site) {
+    struct Lane {
+        uint32_t* d;
+        SharedAddress row;
+    } mine{d, row};
+    const char* name = transposed ? "ldmatrix_x4_trans" : "ldmatrix_x4";
+    block().meet(kWarp, name, site, mine, [=](Payloads<Lane> lanes) {
+        const int first = block().thread() / kWarp * kWarp;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            uint16_t elements[8][8];
+            for (int r = 0; r < 8; ++r) {
+                const int lane = 8 * matrix + r;
+                const Access access = block().access(name, site, first + lane);
+                std::memcpy(elements[r], block().shared().read(lanes[lane]->row, 16, 16, access),
+                            16);
+            }
+            for (int lane = 0; lane < kWarp; ++lane) {
+                const int r = lane / 4, c = 2 * (lane % 4);
+                const uint32_t low = transposed ? elements[c][r] : elements[r][c];
+                const uint32_t high = transposed ? elements[c + 1][r] : elements[r][c + 1];
+                lanes[lane]->d[matrix] = low | high << 16;
+            }
+        }
+    });
+}
+
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16,
+         Site site) {
+    struct Lane {
+        float* d;
+        const uint32_t* a;
+        uint32_t b[2];
+    } mine{d, a, {b0, b1}};
+    block().meet(kWarp, "mma_m16n8k16", site, mine, [=](Payloads<Lane> lanes) {
+        const auto low = [=](uint32_t both) {
+            return bfloat16 ? widen_bfloat16(uint16_t(both)) : widen_float16(uint16_t(both));
+        };
+        float a[16][16], b[16][8], d[16][8];
+        for (int lane = 0; lane < kWarp; ++lane) {
+            const Lane& from = *lanes[lane];
+            const int g = lane / 4, c = 2 * (lane % 4);
+            for (int i = 0; i < 4; ++i) {
+                const int row = g + i % 2 * 8, column = c + i / 2 * 8;
+                a[row][column] = low(from.a[i]), a[row][column + 1] = low(from.a[i] >> 16);
+            }
+            for (int i = 0; i < 2; ++i)
+                b[c + 8 * i][g] = low(from.b[i]), b[c + 8 * i + 1][g] = low(from.b[i] >> 16);
+            for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][c + i % 2] = from.d[i];
+        }
+        for (int m = 0; m < 16; ++m)
+            for (int k = 0; k < 16; ++k)
+                for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+        for (int lane = 0; lane < kWarp; ++lane) {
+            const int g = lane / 4, c = 2 * (lane % 4);
+            for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[g + i / 2 * 8][c + i % 2];
+        }
+    });
+}
+
+}  // namespace fastattn::emulation
