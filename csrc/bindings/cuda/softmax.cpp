@@ -20,7 +20,7 @@ Args make_args(const Where& where, DType dtype, const Ints<4>& shape, double sca
     Args a{};
     a.dtype = dtype;
     for (int dim = 0; dim < 3; ++dim) a.sizes[dim] = shape[dim];
-    a.columns = shape[3];
+    a.rows = shape[0] * shape[1] * shape[2], a.columns = int(shape[3]);
     a.scale = float(scale), a.log = log;
     a.seed = dropout.seed, a.threshold = dropout.threshold, a.keep_scale = dropout.keep_scale;
     a.stream = where.stream;

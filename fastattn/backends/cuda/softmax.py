@@ -7,12 +7,17 @@ from torch import Tensor
 
 from fastattn.backends.cuda import device
 
+MAX_COLUMNS = 2**30
+
 
 def unsupported(problem) -> list[str]:
     """Why the kernels cannot run `problem`."""
-    if problem.dtype in device.DTYPES:
-        return []
-    return [f"dtype={problem.dtype}, only float32, float16 and bfloat16"]
+    reasons = []
+    if problem.dtype not in device.DTYPES:
+        reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
+    if problem.shape[-1] > MAX_COLUMNS:
+        reasons.append(f"columns={problem.shape[-1]} > {MAX_COLUMNS}")
+    return reasons
 
 
 def _four_dims(tensor: Tensor | None, shape) -> Tensor | None:
