@@ -1,7 +1,7 @@
 #include "emulation/engine.h"
 
+#include <algorithm>
 #include <bit>
-#include <cstring>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -107,7 +107,7 @@ void Block::switch_to_next() {
     const int from = current_;
     if (!find_ready()) {
         ask_waiting();
-        if (!find_ready()) throw std::runtime_error(place() + ": deadlock: " + who_waits_where());
+        if (!find_ready()) fail_standstill("deadlock");
     }
     if (current_ != from) fibers_.switch_to(from, current_);
 }
@@ -121,28 +121,15 @@ void Block::ask_waiting() {
         wake(t);
     }
     polls_ = only_polls ? polls_ + 1 : 0;
-    if (polls_ > kMaxPolls)
-        throw std::runtime_error(place() + ": polls without end: " + who_waits_where());
+    if (polls_ > kMaxPolls) fail_standstill("polling without end");
 }
 
 void Block::poll(const char* instruction, Site site) { park({instruction, site, always, nullptr}); }
 
-bool Block::arrive(Meeting& meeting, int size, const char* instruction, Site site) {
-    if (meeting.arrived == 0) {
-        meeting.instruction = instruction;
-        meeting.site = site;
-    } else if (meeting.site != site || std::strcmp(meeting.instruction, instruction) != 0) {
-        fail(std::string("divergence: it is at ") + instruction + ", other threads of its warp" +
-                 (size == kWarp ? "" : "group") + " at " + meeting.instruction + " (" +
-                 meeting.site.str() + ")",
-             site);
-    }
-    if (++meeting.arrived == size) {
-        meeting.arrived = 0;
-        return true;
-    }
-    park({instruction, site});
-    return false;
+void Block::fail_divergence(const Meeting& meeting, const char* instruction, Site site) const {
+    fail(std::string("divergence: it is at ") + instruction + ", others that should be there at " +
+             meeting.instruction + " (" + meeting.site.str() + ")",
+         site);
 }
 
 void Block::leave(int size) {
@@ -208,32 +195,31 @@ void Block::warp_sync(Site site) {
     });
 }
 
-std::string Block::who_waits_where() const {
-    // Threads that stand at one place, as ranges: "threads 0-31 and 64-95 wait at ...".
-    std::map<std::string, std::vector<std::pair<int, int>>> places;
-    for (int t = 0; t < threads_; ++t) {
-        const Wait& wait = waits_[t];
-        std::string where = "have exited";
-        if (!exited_[t])
-            where = std::string("wait at ") + (wait.instruction ? wait.instruction : "?") + " (" +
-                    wait.site.str() + ")";
-        auto& ranges = places[where];
-        if (!ranges.empty() && ranges.back().second == t - 1)
-            ranges.back().second = t;
-        else
-            ranges.emplace_back(t, t);
+std::string Block::what_it_waits_for(int thread) const {
+    if (exited_[thread]) return "exited";
+    const Wait& wait = waits_[thread];
+    std::string at = wait.instruction ? wait.instruction : "?";
+    for (const Barrier& barrier : barriers_)
+        if (std::ranges::count(barrier.waiting, thread) != 0)
+            at += " " + std::to_string(&barrier - barriers_) + ", where " +
+                  std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
+                  " came";
+    return "waits at " + at + " (" + wait.site.str() + ")";
+}
+
+// Threads that stand at one place are one phrase: "threads 0-31, 64: waits at ...".
+void Block::fail_standstill(const char* how) const {
+    std::map<std::string, std::string> threads;
+    for (int first = 0, next; first < threads_; first = next) {
+        const std::string place = what_it_waits_for(first);
+        for (next = first + 1; next < threads_ && what_it_waits_for(next) == place;) ++next;
+        std::string& list = threads[place];
+        list += (list.empty() ? "" : ", ") + std::to_string(first);
+        if (next != first + 1) list += "-" + std::to_string(next - 1);
     }
-    std::string text;
-    for (const auto& [where, ranges] : places) {
-        text += text.empty() ? "threads " : "; threads ";
-        for (const auto& [first, last] : ranges) {
-            if (&ranges.front().first != &first) text += ", ";
-            text += std::to_string(first);
-            if (last != first) text += "-" + std::to_string(last);
-        }
-        text += " " + where;
-    }
-    return text;
+    std::string text = place() + ": " + how;
+    for (const auto& [place, list] : threads) text += "; thread " + list + " " + place;
+    throw std::runtime_error(text);
 }
 
 }  // namespace fastattn::emulation

@@ -71,7 +71,12 @@ class Block {
         Meeting& meeting = meetings_[size == kWarp ? current_ / kWarp
                                                    : kMaxThreads / kWarp + current_ / kWarpgroup];
         meeting.payloads[current_ % size] = &mine;
-        if (!arrive(meeting, size, instruction, site)) return;
+        if (meeting.arrived == 0)
+            meeting.instruction = instruction, meeting.site = site;
+        else if (meeting.site != site || meeting.instruction != instruction)
+            fail_divergence(meeting, instruction, site);
+        if (++meeting.arrived < size) return park({instruction, site});
+        meeting.arrived = 0;
         act(Payloads<Payload>{meeting.payloads});
         leave(size);
     }
@@ -133,7 +138,8 @@ class Block {
         VectorClock released;  // by those that only arrive
     };
 
-    bool arrive(Meeting& meeting, int size, const char* instruction, Site site);
+    [[noreturn]] void fail_divergence(const Meeting& meeting, const char* instruction,
+                                      Site site) const;
     void leave(int size);
     void complete(Barrier& barrier, const char* instruction, Site site);
     void park(const Wait& wait);
@@ -142,7 +148,8 @@ class Block {
     bool find_ready();
     void ask_waiting();
     void exit();
-    std::string who_waits_where() const;
+    std::string what_it_waits_for(int thread) const;
+    [[noreturn]] void fail_standstill(const char* how) const;
     std::string place() const;
     static void thread_main(int thread);
 

@@ -5,9 +5,8 @@
 #include <cstdint>
 #include <new>
 
-// fastattn_emulation_switch(from, to): keeps the registers that a call preserves on the stack and
-// its pointer in *from, then takes them from the stack `to`. A new fiber's stack lets it return to
-// fastattn_emulation_begin, which calls main(i).
+// The registers that a call preserves lie on the stack that is left. A new fiber's stack lets
+// fastattn_emulation_switch return to fastattn_emulation_begin, which calls main(i).
 #if defined(__x86_64__)
 __asm__(R"(
 .text
@@ -84,10 +83,7 @@ fastattn_emulation_begin:
 #error "The emulation switches stacks on x86-64 and AArch64 only."
 #endif
 
-extern "C" {
-void fastattn_emulation_switch(void** from, void* to);
-void fastattn_emulation_begin();
-}
+extern "C" void fastattn_emulation_begin();
 
 namespace fastattn::emulation {
 
@@ -135,11 +131,5 @@ void Fibers::start(int count, void (*main)(int)) {
         suspended_[i] = frame;
     }
 }
-
-void Fibers::enter(int to) { fastattn_emulation_switch(&outside_, suspended_[to]); }
-void Fibers::switch_to(int from, int to) {
-    fastattn_emulation_switch(&suspended_[from], suspended_[to]);
-}
-void Fibers::leave(int from) { fastattn_emulation_switch(&suspended_[from], outside_); }
 
 }  // namespace fastattn::emulation

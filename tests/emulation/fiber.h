@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <vector>
 
+// Keeps the stack's pointer in *from and goes on with the stack `to`.
+extern "C" void fastattn_emulation_switch(void** from, void* to);
+
 namespace fastattn::emulation {
 
 class Fibers {
@@ -16,9 +19,11 @@ class Fibers {
     // return. What lay on their stacks is dropped.
     void start(int count, void (*main)(int));
     // From the caller, which is not a fiber, to fiber `to`; back by leave().
-    void enter(int to);
-    void switch_to(int from, int to);
-    void leave(int from);
+    void enter(int to) { fastattn_emulation_switch(&outside_, suspended_[to]); }
+    void switch_to(int from, int to) {
+        fastattn_emulation_switch(&suspended_[from], suspended_[to]);
+    }
+    void leave(int from) { fastattn_emulation_switch(&suspended_[from], outside_); }
 
   private:
     void allocate(int count);

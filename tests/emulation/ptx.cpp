@@ -69,37 +69,51 @@ void ldmatrix(uint32_t (&d)[4], SharedAddress row, bool transposed, Site site) {
     });
 }
 
+namespace {
+
+// What a lane brings to mma_m16n8k16.
+struct MmaLane {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+
+template <float (*widen)(uint16_t)>
+void multiply(Payloads<MmaLane> lanes) {
+    using Quad = float __attribute__((vector_size(16)));
+    float a[16][16];
+    Quad b[16][2], d[16][2];
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const MmaLane& from = *lanes[lane];
+        const int g = lane / 4, c = 2 * (lane % 4);
+        for (int i = 0; i < 4; ++i) {
+            float* pair = &a[g + i % 2 * 8][c + i / 2 * 8];
+            pair[0] = widen(uint16_t(from.a[i])), pair[1] = widen(uint16_t(from.a[i] >> 16));
+        }
+        for (int i = 0; i < 2; ++i) {
+            b[c + 8 * i][g / 4][g % 4] = widen(uint16_t(from.b[i]));
+            b[c + 8 * i + 1][g / 4][g % 4] = widen(uint16_t(from.b[i] >> 16));
+        }
+        for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][c / 4][c % 4 + i % 2] = from.d[i];
+    }
+    for (int m = 0; m < 16; ++m) {
+        Quad left = d[m][0], right = d[m][1];
+        for (int k = 0; k < 16; ++k) left += a[m][k] * b[k][0], right += a[m][k] * b[k][1];
+        d[m][0] = left, d[m][1] = right;
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const int g = lane / 4, c = 2 * (lane % 4);
+        for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[g + i / 2 * 8][c / 4][c % 4 + i % 2];
+    }
+}
+
+}  // namespace
+
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16,
          Site site) {
-    struct Lane {
-        float* d;
-        const uint32_t* a;
-        uint32_t b[2];
-    } mine{d, a, {b0, b1}};
-    block().meet(kWarp, "mma_m16n8k16", site, mine, [=](Payloads<Lane> lanes) {
-        const auto low = [=](uint32_t both) {
-            return bfloat16 ? widen_bfloat16(uint16_t(both)) : widen_float16(uint16_t(both));
-        };
-        float a[16][16], b[16][8], d[16][8];
-        for (int lane = 0; lane < kWarp; ++lane) {
-            const Lane& from = *lanes[lane];
-            const int g = lane / 4, c = 2 * (lane % 4);
-            for (int i = 0; i < 4; ++i) {
-                const int row = g + i % 2 * 8, column = c + i / 2 * 8;
-                a[row][column] = low(from.a[i]), a[row][column + 1] = low(from.a[i] >> 16);
-            }
-            for (int i = 0; i < 2; ++i)
-                b[c + 8 * i][g] = low(from.b[i]), b[c + 8 * i + 1][g] = low(from.b[i] >> 16);
-            for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][c + i % 2] = from.d[i];
-        }
-        for (int m = 0; m < 16; ++m)
-            for (int k = 0; k < 16; ++k)
-                for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
-        for (int lane = 0; lane < kWarp; ++lane) {
-            const int g = lane / 4, c = 2 * (lane % 4);
-            for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[g + i / 2 * 8][c + i % 2];
-        }
-    });
+    MmaLane mine{d, a, {b0, b1}};
+    block().meet(kWarp, "mma_m16n8k16", site, mine,
+                 bfloat16 ? multiply<widen_bfloat16> : multiply<widen_float16>);
 }
 
 }  // namespace fastattn::emulation
