@@ -50,6 +50,7 @@ void Block::run(int threads, size_t shared, void (*body)(const void*), const voi
     fault_ = nullptr;
     clocks_.start(threads);
     shared_.start(shared);
+    checks_.clear();
     states_.clear();
     for (Meeting& meeting : meetings_) meeting.arrived = 0;
     for (Barrier& barrier : barriers_) barrier = {};
@@ -61,8 +62,8 @@ void Block::run(int threads, size_t shared, void (*body)(const void*), const voi
     current_ = 0;
     find_ready();
     fibers_.enter(current_);
-    states_.clear();
     if (fault_) std::rethrow_exception(std::exchange(fault_, nullptr));
+    for (const auto& check : checks_) check();
 }
 
 void Block::thread_main(int thread) {

@@ -17,9 +17,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulation/clocks.h"
@@ -109,6 +111,9 @@ class Block {
         return *static_cast<State*>(found.get());
     }
 
+    // A check to make once all threads have exited, before the states end.
+    void at_end(std::function<void()> check) { checks_.push_back(std::move(check)); }
+
     // "<kernel>, block (x, y, z), thread t: <what> (file:line)".
     [[noreturn]] void fail(int thread, const std::string& what, Site site) const;
     [[noreturn]] void fail(const std::string& what, Site site) const { fail(current_, what, site); }
@@ -160,6 +165,7 @@ class Block {
     Meeting meetings_[kMaxThreads / kWarp + kMaxThreads / kWarpgroup] = {};
     Barrier barriers_[16];
     std::map<const void*, std::shared_ptr<void>> states_;
+    std::vector<std::function<void()>> checks_;
     void (*body_)(const void*) = nullptr;
     const void* context_ = nullptr;
     std::exception_ptr fault_;
