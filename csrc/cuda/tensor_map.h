@@ -3,18 +3,6 @@
 
 #include <cstdint>
 
-#ifdef FASTATTN_EMULATION
-#include "emulation/tensor_map.h"
-#else
-#include <cuda.h>
-
-namespace fastattn::cuda {
-
-using TensorMap = CUtensorMap;
-
-}  // namespace fastattn::cuda
-#endif
-
 namespace fastattn::cuda {
 
 enum class Element : int { float16, bfloat16, float32 };
@@ -31,7 +19,20 @@ struct Tiled {
     bool swizzle;
 };
 
+}  // namespace fastattn::cuda
+
+#ifdef FASTATTN_EMULATION
+#include "emulation/tensor_map.h"
+#else
+#include <cuda.h>
+
+namespace fastattn::cuda {
+
+using TensorMap = CUtensorMap;
+
 // Host. Throws std::runtime_error where the driver refuses.
 TensorMap make_tensor_map(const Tiled& tensor);
 
 }  // namespace fastattn::cuda
+
+#endif

@@ -63,7 +63,8 @@ class Clocks {
     }
 
     // A stream of asynchronous operations. Its accesses are stamped now(agent) until advance().
-    int new_agent(std::string name);
+    // `reads`: of shared memory, beside other streams, none of whose reads may be forgotten.
+    int new_agent(std::string name, bool reads = false);
     const std::string& name(int agent) const { return agents_[agent].name; }
     // Closes the group of operations that is being issued, and returns its time.
     Time advance(int agent) { return agents_[agent].now++; }
