@@ -205,10 +205,10 @@ std::string Block::what_it_waits_for(int thread) const {
             at += " " + std::to_string(&barrier - barriers_) + ", where " +
                   std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
                   " came";
-    return "waits at " + at + " (" + wait.site.str() + ")";
+    return "at " + at + " (" + wait.site.str() + ")";
 }
 
-// Threads that stand at one place are one phrase: "threads 0-31, 64: waits at ...".
+// "...; at barrier 1, where 32 of 64 came (file:line): threads 0-31; exited: threads 32-63"
 void Block::fail_standstill(const char* how) const {
     std::map<std::string, std::string> threads;
     for (int first = 0, next; first < threads_; first = next) {
@@ -219,7 +219,7 @@ void Block::fail_standstill(const char* how) const {
         if (next != first + 1) list += "-" + std::to_string(next - 1);
     }
     std::string text = place() + ": " + how;
-    for (const auto& [place, list] : threads) text += "; thread " + list + " " + place;
+    for (const auto& [place, list] : threads) text += "; " + place + ": threads " + list;
     throw std::runtime_error(text);
 }
 

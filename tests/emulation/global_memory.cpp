@@ -51,8 +51,8 @@ void clear_global() {
 void check_global(const void* pointer, size_t bytes, size_t alignment, const char* instruction,
                   Site site) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-    char shown[32];
     if (address % alignment != 0) {
+        char shown[32];
         std::snprintf(shown, sizeof shown, "%#zx", size_t(address));
         block().fail(std::string(instruction) + " of " + std::to_string(bytes) +
                          " bytes of global memory at " + shown +
@@ -66,11 +66,9 @@ void check_global(const void* pointer, size_t bytes, size_t alignment, const cha
         return;
     }
     std::string where = "lies in no buffer";
-    if (buffer.end != 0) {
-        std::snprintf(shown, sizeof shown, "%zu", size_t(address - buffer.begin));
-        where = std::string("is out of bounds: byte ") + shown + " of a buffer of " +
-                std::to_string(buffer.end - buffer.begin) + " bytes";
-    }
+    if (buffer.end != 0)
+        where = "is out of bounds: it begins " + std::to_string(address - buffer.begin) +
+                " bytes into a buffer of " + std::to_string(buffer.end - buffer.begin);
     block().fail(std::string(instruction) + " of " + std::to_string(bytes) +
                      " bytes of global memory " + where,
                  site);

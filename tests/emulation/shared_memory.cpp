@@ -116,7 +116,7 @@ void SharedMemory::fail_read(size_t word, const Access& access) const {
     const Write& write = writes_[word];
     const std::string start = at(word, "reads", access);
     if (write.time <= clocks.beginning())
-        block_.fail(access.thread, start + "nothing has written", access.site);
+        block_.fail(access.thread, start + "nothing has written yet", access.site);
     block_.fail(access.thread, start + who_wrote(write, access), access.site);
 }
 
