@@ -155,6 +155,8 @@ inline float reciprocal_approx(float x) {
     return emulation::flush_subnormal(1.0f / emulation::flush_subnormal(x));
 }
 
+inline int opaque(int x) { return x; }
+
 template <class T>
 T shuffle_xor(T x, int lane_mask, Site site = Site::here()) {
     return emulation::shuffle("shuffle_xor", site, x, (emulation::block().lane() ^ lane_mask) % 32);
