@@ -8,21 +8,6 @@ namespace fastattn::emulation {
 
 namespace {
 
-// Bytes that one block of the chip may have.
-size_t max_shared() {
-    switch (emulated_capability()) {
-        case 80:
-        case 87:
-            return 163 << 10;
-        case 86:
-        case 89:
-        case 120:
-            return 99 << 10;
-        default:
-            return 227 << 10;
-    }
-}
-
 std::string refusal(const dim3& grid, int threads, size_t shared) {
     if (threads <= 0 || threads > kMaxThreads || threads % kWarp != 0)
         return "a block of " + std::to_string(threads) +
@@ -40,6 +25,20 @@ std::string refusal(const dim3& grid, int threads, size_t shared) {
 }
 
 }  // namespace
+
+size_t max_shared() {
+    switch (emulated_capability()) {
+        case 80:
+        case 87:
+            return 163 << 10;
+        case 86:
+        case 89:
+        case 120:
+            return 99 << 10;
+        default:
+            return 227 << 10;
+    }
+}
 
 void run_grid(const Grid& grid, int threads, size_t shared, void (*body)(const void*),
               const void* context) {

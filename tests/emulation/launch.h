@@ -23,6 +23,9 @@ struct Grid {
         : size(x, y, z), launcher(launcher), site(site) {}
 };
 
+// Bytes of shared memory that a block of the emulated chip may have.
+size_t max_shared();
+
 // Runs the blocks one after the other; body(context) is what a thread does.
 void run_grid(const Grid& grid, int threads, size_t shared, void (*body)(const void*),
               const void* context);
@@ -48,8 +51,10 @@ void launch(void (*kernel)(Params...), emulation::Grid grid, int threads, size_t
 }
 
 struct Device {
-    int processors, capability;
+    int processors, capability, shared;
 };
-inline Device current_device() { return {4, emulation::emulated_capability()}; }
+inline Device current_device() {
+    return {4, emulation::emulated_capability(), int(emulation::max_shared())};
+}
 
 }  // namespace fastattn::cuda
