@@ -37,7 +37,8 @@ FAULTS = {
     "same_word_twice": r"thread 1: st_shared writes byte 0 of shared memory, which thread 0 wrote "
     r"\(.*\) with no barrier in between: a race",
     "read_before_wait": r"thread 0: ld_shared reads byte 0 of shared memory, which cp_async_16 of "
-    r"thread 0 \(faults.cpp:\d+\) may still be writing: a wait is missing",
+    r"thread 0 \(faults.cpp:\d+\) may still be writing: a wait, or a barrier "
+    r"after it, is missing",
     "wait_for_an_older_group": r"cp_async_16 of thread \d+ \(.*\) may still be writing",
     "wait_without_commit": r"cp_async_16 of thread 0 \(.*\) may still be writing",
     "barrier_before_wait": r"cp_async_16 of thread \d+ \(.*\) may still be writing",

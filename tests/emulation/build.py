@@ -54,7 +54,9 @@ def build(name: str, sources: Iterable[Path | str], flags: Sequence[str] = ()) -
     if command is None:
         raise BuildError("the emulation needs a C++ compiler; install g++ or clang++, or set CXX")
     own = sorted(Path(__file__).parent.glob("*.cpp"))
-    everything = [(path, ()) for path in own] + [(Path(path), tuple(flags)) for path in sources]
+    everything = [(path, ("-O3", "-Wno-restrict")) for path in own] + [
+        (Path(path), tuple(flags)) for path in sources
+    ]
     CACHE.mkdir(parents=True, exist_ok=True)
     with locked(CACHE / "lock"):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -129,7 +129,8 @@ std::string SharedMemory::who_wrote(const Write& write, const Access& access) co
     const Clocks& clocks = block_.clocks();
     const std::string where = " (" + Site{write.file, write.line}.str() + ")";
     if (write.agent >= clocks.threads())
-        return clocks.name(write.agent) + where + " may still be writing: a wait is missing";
+        return clocks.name(write.agent) + where +
+               " may still be writing: a wait, or a barrier after it, is missing";
     const std::string writer = "thread " + std::to_string(write.agent) + " wrote" + where;
     if (clocks.knows(access.thread, write.agent, write.time))
         return writer + " without fence_proxy_async before the barrier";
@@ -141,7 +142,8 @@ void SharedMemory::fail_write(size_t word, int reader, const Access& access) con
     const std::string who =
         reader < clocks.threads()
             ? "thread " + std::to_string(reader) + " reads with no barrier in between: a race"
-            : clocks.name(reader) + " may still be reading: a wait is missing";
+            : clocks.name(reader) +
+                  " may still be reading: a wait, or a barrier after it, is missing";
     block_.fail(access.thread, at(word, "writes", access) + who, access.site);
 }
 
