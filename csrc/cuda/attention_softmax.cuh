@@ -48,12 +48,12 @@ FASTATTN_DEVICE void hide_scores(float (&scores)[kTiles][4], int half, Range key
                 scores[j][2 * half + i] = -INFINITY;
 }
 
-// Turns the scores of the next keys into weights, and rescales acc (16, 8 * kTilesV), what was
-// summed of the values so far. row_max and row_sum are of rows g and g + 8; row_sum is the lane's
+// Turns the scores of the next keys into weights; what was summed of the values so far is to be
+// multiplied by `rescale`. row_max and row_sum are of rows g and g + 8; row_sum is the lane's
 // share. `factor` takes scores to units of log2.
-template <int kTiles, int kTilesV>
-FASTATTN_DEVICE void softmax_step(float (&scores)[kTiles][4], float (&acc)[kTilesV][4],
-                                  float (&row_max)[2], float (&row_sum)[2], float factor) {
+template <int kTiles>
+FASTATTN_DEVICE void softmax_step(float (&scores)[kTiles][4], float (&row_max)[2],
+                                  float (&row_sum)[2], float (&rescale)[2], float factor) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float new_max = row_max[half];
@@ -64,7 +64,7 @@ FASTATTN_DEVICE void softmax_step(float (&scores)[kTiles][4], float (&acc)[kTile
         new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
         // While a row has seen nothing its maximum is -inf, and -inf - -inf would be NaN.
         const float shift = new_max == -INFINITY ? 0.0f : new_max * factor;
-        const float rescale = exp2_approx(row_max[half] * factor - shift);
+        rescale[half] = exp2_approx(row_max[half] * factor - shift);
         row_max[half] = new_max;
         float sum = 0.0f;
 #pragma unroll
@@ -74,12 +74,26 @@ FASTATTN_DEVICE void softmax_step(float (&scores)[kTiles][4], float (&acc)[kTile
                 scores[j][i] = exp2_approx(scores[j][i] * factor - shift);
                 sum += scores[j][i];
             }
-        row_sum[half] = row_sum[half] * rescale + sum;
-#pragma unroll
-        for (int j = 0; j < kTilesV; ++j)
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) acc[j][i] *= rescale;
+        row_sum[half] = row_sum[half] * rescale[half] + sum;
     }
+}
+
+// acc (16, 8 * kTiles) times the factors of rows g and g + 8.
+template <int kTiles>
+FASTATTN_DEVICE void multiply_rows(float (&acc)[kTiles][4], const float (&factors)[2]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[j][i] *= factors[i / 2];
+}
+
+// Both at once.
+template <int kTiles, int kTilesV>
+FASTATTN_DEVICE void softmax_step(float (&scores)[kTiles][4], float (&acc)[kTilesV][4],
+                                  float (&row_max)[2], float (&row_sum)[2], float factor) {
+    float rescale[2];
+    softmax_step(scores, row_max, row_sum, rescale, factor);
+    multiply_rows(acc, rescale);
 }
 
 // Dropout on the weights of one row. `key` % 16 is below 8.

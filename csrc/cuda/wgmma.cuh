@@ -21,6 +21,10 @@ FASTATTN_DEVICE
     return uint64_t((tile & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 |
            uint64_t(1024 >> 4) << 32 | kSwizzle128 << 62;
 }
+// The operand that begins `bytes` further on.
+FASTATTN_DEVICE uint64_t advanced(uint64_t operand, uint32_t bytes) {
+    return operand + (bytes >> 4);
+}
 
 }  // namespace fastattn::cuda
 

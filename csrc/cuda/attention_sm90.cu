@@ -1,0 +1,483 @@
+// Scaled dot-product attention, forward, for sm_90a: FlashAttention-3 (Shah et al. 2024, arXiv
+// 2407.08608). q (batch, heads, seqlen_q, head_dim), k and v (batch, heads_kv, seqlen_k, .), packed
+// or not.
+//
+// A block stays on its multiprocessor and takes tile after tile of kBlockM queries of one head. A
+// thread of its first warpgroup copies blocks of kBlockN keys and of values into a ring of stages;
+// each other warpgroup owns 64 of the queries, with scores, weights and results in registers. Its
+// softmax runs beside its own last product with v, and beside the products of the others. The floor
+// is 2 * (head_dim + head_dim_v) flops and one exponential a visible score.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/attention_schedule.cuh"
+#include "cuda/attention_softmax.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace fastattn::cuda {
+namespace {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kPanel = 64;       // columns of a tile's panels, whose rows are 128 bytes
+
+// Numbers of named barriers: one for the turn of each consumer, one for all consumers.
+constexpr int kTurnBarrier = 1, kConsumersBarrier = 4;
+
+// A consumer is a warpgroup that multiplies. head_dim and head_dim_v are at least those of the
+// call; copies fill what lies in between with zeros.
+template <class Element, int head_dim, int head_dim_v, int consumers, int block_n, bool featured>
+struct Config {
+    using T = Element;
+    static constexpr int kHeadDim = head_dim, kHeadDimV = head_dim_v, kConsumers = consumers;
+    static constexpr int kBlockM = 64 * consumers, kBlockN = block_n, kStages = 2;
+    // Dropout's stream finds no registers beside wide results.
+    static constexpr bool kFeatured = featured, kDropout = featured && head_dim <= 128;
+    static constexpr int kThreads = kWarpgroup * (1 + consumers);
+    // A multiprocessor has 512 registers for one thread of every warpgroup.
+    static constexpr int kProducerRegisters = consumers == 2 ? 24 : 32;
+    static constexpr int kConsumerRegisters = consumers == 2 ? 240 : 160;
+    // Consumers take turns at starting products, so that one's softmax meets another's products;
+    // those of wide heads are long enough without.
+    static constexpr bool kTurns = head_dim <= 128;
+    // Wide results are rescaled beside the next product with k, not in between.
+    static constexpr bool kRescaleLate = head_dim_v > 128;
+
+    static constexpr int kBytesQ = kBlockM * kHeadDim * 2, kBytesK = kBlockN * kHeadDim * 2;
+    static constexpr int kBytesV = kBlockN * kHeadDimV * 2;
+    static constexpr int kBarriersAt = kBytesQ + kStages * (kBytesK + kBytesV);
+    static constexpr int kShared = kBarriersAt + 16 * (1 + 2 * kStages);
+    static_assert(kBlockN % 16 == 0 && kShared <= 227 * 1024);
+};
+
+// A block's tiles in shared memory, in panels of 64 columns, and the barriers of each: `full` when
+// the copy has landed, `empty` when all warps of the consumers have read it.
+template <class C>
+struct Shared {
+    SharedAddress base;
+
+    FASTATTN_DEVICE SharedAddress q() const { return base; }  // (kBlockM, kHeadDim)
+    FASTATTN_DEVICE SharedAddress k(int stage) const {        // (kBlockN, kHeadDim)
+        return base + C::kBytesQ + stage * C::kBytesK;
+    }
+    FASTATTN_DEVICE SharedAddress v(int stage) const {  // (kBlockN, kHeadDimV)
+        return base + C::kBytesQ + C::kStages * C::kBytesK + stage * C::kBytesV;
+    }
+    FASTATTN_DEVICE SharedAddress q_full() const { return base + C::kBarriersAt; }
+    FASTATTN_DEVICE SharedAddress k_full(int stage) const { return q_full() + 16 + 32 * stage; }
+    FASTATTN_DEVICE SharedAddress v_full(int stage) const { return k_full(stage) + 16; }
+    static FASTATTN_DEVICE SharedAddress empty(SharedAddress full) { return full + 8; }
+
+    FASTATTN_DEVICE void init_barriers() const {
+        for (int tile = 0; tile < 1 + 2 * C::kStages; ++tile) {
+            const SharedAddress full = q_full() + 16 * tile;
+            mbarrier_init(full, 1);
+            mbarrier_init(empty(full), 4 * C::kConsumers);
+        }
+        fence_mbarrier_init();
+    }
+};
+
+// A place in a ring of stages, and the parity of its phase.
+template <int kStages>
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    FASTATTN_DEVICE void next() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// One thread copies kColumns columns of kRows rows, from `row` on, of a head.
+template <int kRows, int kColumns>
+FASTATTN_DEVICE void copy_tile(SharedAddress to, const TensorMap* map, SharedAddress full, int row,
+                               int head, int batch) {
+    mbarrier_arrive_expect(full, kRows * kColumns * 2);
+#pragma unroll
+    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+        tma_load_4d(to + panel * kRows * 128, map, full, panel * kPanel, row, head, batch);
+}
+
+// One thread copies what the consumers read, in their order: the keys of a block before the values
+// of the one that precedes it.
+template <class C>
+FASTATTN_DEVICE void produce(const AttentionArgs& args, const Schedule& schedule, Shared<C> shared,
+                             const TensorMap* q_map, const TensorMap* k_map,
+                             const TensorMap* v_map) {
+    const int group_size = args.heads / args.heads_kv;
+    Ring<1> q;
+    Ring<C::kStages> k, v;
+    for (int round = 0, tile; (tile = tile_of_round(round)) < schedule.tiles; ++round) {
+        const Work w = work_of<C::kBlockM, C::kBlockN>(args, schedule, tile);
+        if (w.blocks.begin == w.blocks.end) continue;
+        const int head_kv = w.head / group_size, batch_kv = args.cu_seqlens_k ? 0 : w.batch;
+        const auto copy_keys = [&](int block) {
+            const SharedAddress full = shared.k_full(k.stage);
+            mbarrier_wait(shared.empty(full), k.parity ^ 1);
+            copy_tile<C::kBlockN, C::kHeadDim>(shared.k(k.stage), k_map, full,
+                                               int(w.sequence.start_k) + block * C::kBlockN,
+                                               head_kv, batch_kv);
+            k.next();
+        };
+        const auto copy_values = [&](int block) {
+            const SharedAddress full = shared.v_full(v.stage);
+            mbarrier_wait(shared.empty(full), v.parity ^ 1);
+            copy_tile<C::kBlockN, C::kHeadDimV>(shared.v(v.stage), v_map, full,
+                                                int(w.sequence.start_k) + block * C::kBlockN,
+                                                head_kv, batch_kv);
+            v.next();
+        };
+
+        int block = w.blocks.end - 1;
+        copy_keys(block);
+        mbarrier_wait(shared.empty(shared.q_full()), q.parity ^ 1);
+        copy_tile<C::kBlockM, C::kHeadDim>(shared.q(), q_map, shared.q_full(),
+                                           int(w.sequence.start_q) + w.first_row, w.head,
+                                           args.cu_seqlens_q ? 0 : w.batch);
+        q.next();
+        for (; block > w.blocks.begin; --block) {
+            copy_keys(block - 1);
+            copy_values(block);
+        }
+        copy_values(block);
+    }
+}
+
+// The accumulators of wgmma, tile by tile of 8 columns, as it takes them.
+template <int kTiles>
+FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
+    return reinterpret_cast<float (&)[4 * kTiles]>(tiles);
+}
+
+// scores (64, kBlockN) = q (64, kHeadDim) k^T, asynchronously.
+template <class C>
+FASTATTN_DEVICE void multiply_keys(float (&scores)[C::kBlockN / 8][4], SharedAddress q,
+                                   SharedAddress k) {
+    const uint64_t a = wgmma_operand(q), b = wgmma_operand(k);
+#pragma unroll
+    for (int d = 0; d < C::kHeadDim; d += 16) {
+        const int panel = d / kPanel, bytes = d % kPanel * 2;
+        wgmma<typename C::T, C::kBlockN>(flat(scores),
+                                         advanced(a, panel * (C::kBlockM * 128) + bytes),
+                                         advanced(b, panel * (C::kBlockN * 128) + bytes), d > 0);
+    }
+    wgmma_commit();
+}
+
+// acc (64, kHeadDimV) += p (64, kBlockN) v, asynchronously.
+template <class C>
+FASTATTN_DEVICE void multiply_values(float (&acc)[C::kHeadDimV / 8][4],
+                                     const uint32_t (&p)[C::kBlockN / 16][4], SharedAddress v) {
+    const uint64_t b = wgmma_operand(v, C::kBlockN * 128);
+#pragma unroll
+    for (int step = 0; step < C::kBlockN / 16; ++step)
+        wgmma<typename C::T, C::kHeadDimV, true>(flat(acc), p[step], advanced(b, step * 2048),
+                                                 true);
+    wgmma_commit();
+}
+
+// A thread's two rows: the maximum of their scores, the sum of the thread's weights, and what
+// results have to be multiplied with since the maximum changed.
+struct Rows {
+    float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, rescale[2];
+};
+
+// All consumers write zeros over the values of a tile from `row` on, before any of them reads it:
+// what lies beyond a sequence may be NaN, which weights of 0 would not hide.
+template <class C>
+FASTATTN_DEVICE void clear_values(SharedAddress v, int row) {
+    constexpr int kThreads = C::kConsumers * kWarpgroup;
+    const int chunks = (C::kBlockN - row) * 8;  // of 16 bytes, in a panel
+#pragma unroll
+    for (int panel = 0; panel < C::kHeadDimV / kPanel; ++panel)
+        for (int i = int(threadIdx.x) - kWarpgroup; i < chunks; i += kThreads)
+            st_shared(v + (panel * C::kBlockN + row) * 128 + i * 16, uint4{0, 0, 0, 0});
+    fence_proxy_async();
+    barrier_sync(kConsumersBarrier, kThreads);
+}
+
+// Transposes 4 x 4 words between four neighbouring lanes, which hold a column each.
+FASTATTN_DEVICE void transpose(uint32_t (&x)[4]) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+        const bool upper = threadIdx.x & distance;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const int i = pair * (distance == 1 ? 2 : 1);
+            const uint32_t other = shuffle_xor(upper ? x[i] : x[i + distance], distance);
+            x[i] = upper ? other : x[i];
+            x[i + distance] = upper ? x[i + distance] : other;
+        }
+    }
+}
+
+// Writes acc (64, kHeadDimV) over the sums of weights, and the log-sum-exps, of this thread's rows.
+template <class C>
+FASTATTN_DEVICE void write_rows(const AttentionFwdArgs& args, const Work& w,
+                                float (&acc)[C::kHeadDimV / 8][4], Rows& rows, int row,
+                                float factor) {
+    using T = typename C::T;
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float row_max = rows.max[half] * factor, row_sum = rows.sum[half];
+        row_sum += shuffle_xor(row_sum, 1);
+        row_sum += shuffle_xor(row_sum, 2);
+        float rescale = 1.0f;
+        if (args.sinks)
+            rescale = add_sink(row_max, row_sum, ld_readonly(args.sinks + w.head) * kLog2E);
+        rows.rescale[half] = row_sum == 0.0f ? 0.0f : rescale / row_sum;
+        if (C::kDropout && args.seed) rows.rescale[half] *= args.keep_scale;
+        const int i = row + 8 * half;
+        if (args.lse && lane == 0 && i < w.sequence.seqlen_q)
+            st_global(args.lse + (args.cu_seqlens_q ? 0 : w.batch * args.lse_batch_stride) +
+                          w.head * args.lse_head_stride + w.sequence.start_q + i,
+                      row_sum == 0.0f ? -INFINITY : (row_max + log2_approx(row_sum)) * kLn2);
+    }
+    multiply_rows(acc, rows.rescale);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int i = row + 8 * half;
+        T* const out =
+            static_cast<T*>(args.out) +
+            row_offset(args.out_strides, args.cu_seqlens_q, w.batch, w.head, w.sequence.start_q, i);
+#pragma unroll
+        for (int first = 0; first < C::kHeadDimV; first += 32) {
+            // Of four groups of 8 columns each lane has two columns; each writes one group.
+            uint32_t x[4];
+#pragma unroll
+            for (int group = 0; group < 4; ++group) {
+                const float* pair = &acc[first / 8 + group][2 * half];
+                x[group] = pack<T>(pair[0], pair[1]);
+            }
+            transpose(x);
+            const int column = first + 8 * lane;
+            if (i < w.sequence.seqlen_q && column < args.head_dim_v)
+                st_global(reinterpret_cast<uint4*>(out + column), uint4{x[0], x[1], x[2], x[3]});
+        }
+    }
+}
+
+// What consumer number `index` does: its 64 rows of every tile.
+template <class C>
+FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& schedule,
+                             Shared<C> shared, int index) {
+    const float factor = C::kFeatured ? 1.0f : args.softmax_scale * kLog2E;
+    const SharedAddress q_rows = shared.q() + index * 64 * 128;
+    Ring<1> q;
+    Ring<C::kStages> k, v;
+    const auto release = [&](SharedAddress full) {
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.empty(full));
+    };
+    const auto await_turn = [&] {
+        if (C::kTurns) barrier_sync(kTurnBarrier + index, 2 * kWarpgroup);
+    };
+    const auto end_turn = [&] {
+        const int next = index + 1 < C::kConsumers ? index + 1 : 0;
+        if (C::kTurns) barrier_arrive(kTurnBarrier + next, 2 * kWarpgroup);
+    };
+    if (index == C::kConsumers - 1) end_turn();
+
+    for (int round = 0, tile; (tile = tile_of_round(round)) < schedule.tiles; ++round) {
+        const Work w = work_of<C::kBlockM, C::kBlockN>(args, schedule, tile);
+        const int first_row = w.first_row + 64 * index;
+        const int row = first_row + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+        const Range all_see = keys_seen_by_all(args, w.sequence, first_row, first_row + 63);
+        const float slope = C::kFeatured ? alibi_slope(args, w.batch, w.head) : 0.0f;
+        Rows rows;
+        float scores[C::kBlockN / 8][4];      // (64, kBlockN)
+        uint32_t p[C::kBlockN / 16][4];       // (64, kBlockN)
+        float acc[C::kHeadDimV / 8][4] = {};  // (64, kHeadDimV)
+        const auto weigh = [&](int block) {
+            const int block_key = block * C::kBlockN, key = block_key + 2 * (threadIdx.x % 4);
+            const bool whole = block_key >= all_see.begin && block_key + C::kBlockN <= all_see.end;
+            if (C::kFeatured) scale_scores(args, scores);
+            if (C::kFeatured && args.alibi_slopes)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    add_alibi(scores, half, slope, key - row - 8 * half - w.sequence.offset);
+            if (!whole)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int i = row + 8 * half;
+                    const Range seen = keys_seen(args, w.sequence, i, i);
+                    hide_scores(scores, half, {seen.begin - key, seen.end - key});
+                }
+            softmax_step(scores, rows.max, rows.sum, rows.rescale, factor);
+            if (C::kDropout && args.seed)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    drop_weights(args, scores, half, row + 8 * half, key, w.head, w.batch);
+        };
+
+        if (w.blocks.begin < w.blocks.end) {
+            int block = w.blocks.end - 1;
+            mbarrier_wait(shared.q_full(), q.parity);
+            mbarrier_wait(shared.k_full(k.stage), k.parity);
+            wgmma_fence();
+            multiply_keys<C>(scores, q_rows, shared.k(k.stage));
+            wgmma_wait<0>();
+            wgmma_landed(flat(scores));
+            release(shared.k_full(k.stage));
+            k.next();
+            weigh(block);
+            const int keys_left = w.sequence.seqlen_k - block * C::kBlockN;
+            if ((args.cu_seqlens_k || args.seqlens_k) && keys_left < C::kBlockN) {
+                mbarrier_wait(shared.v_full(v.stage), v.parity);
+                clear_values<C>(shared.v(v.stage), keys_left);
+            }
+            // The scores of a block beside the results of the one before. The wait for the results
+            // begins the loop because within a basic block ptxas moves it above the softmax.
+            for (bool first = true;; first = false) {
+                wgmma_wait<0>();
+                wgmma_landed(flat(acc));
+                if (!first) {
+                    release(shared.v_full(v.stage));
+                    v.next();
+                }
+#pragma unroll
+                for (int step = 0; step < C::kBlockN / 16; ++step)
+                    weights_fragment<typename C::T>(p[step], scores, step);
+                if (!C::kRescaleLate) multiply_rows(acc, rows.rescale);
+                if (block == w.blocks.begin) break;
+                --block;
+                mbarrier_wait(shared.k_full(k.stage), k.parity);
+                await_turn();
+                wgmma_fence();
+                multiply_keys<C>(scores, q_rows, shared.k(k.stage));
+                if (C::kRescaleLate) multiply_rows(acc, rows.rescale);
+                mbarrier_wait(shared.v_full(v.stage), v.parity);
+                wgmma_fence();
+                multiply_values<C>(acc, p, shared.v(v.stage));
+                end_turn();
+                wgmma_wait<1>();
+                wgmma_landed(flat(scores));
+                release(shared.k_full(k.stage));
+                k.next();
+                weigh(block);
+            }
+            release(shared.q_full());
+            q.next();
+            if (C::kRescaleLate) multiply_rows(acc, rows.rescale);
+            mbarrier_wait(shared.v_full(v.stage), v.parity);
+            wgmma_fence();
+            multiply_values<C>(acc, p, shared.v(v.stage));
+            wgmma_wait<0>();
+            wgmma_landed(flat(acc));
+            release(shared.v_full(v.stage));
+            v.next();
+        }
+        write_rows<C>(args, w, acc, rows, row, factor);
+    }
+    if (index == 0) await_turn();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args,
+                         const __grid_constant__ Schedule schedule,
+                         const __grid_constant__ TensorMap q_map,
+                         const __grid_constant__ TensorMap k_map,
+                         const __grid_constant__ TensorMap v_map) {
+    const Shared<C> shared{dynamic_shared()};
+    if (threadIdx.x == 0) {
+        prefetch_tensor_map(&q_map);
+        prefetch_tensor_map(&k_map);
+        prefetch_tensor_map(&v_map);
+        shared.init_barriers();
+    }
+    barrier();
+    // The same in a warp, which the compiler does not know of threadIdx.
+    const int warpgroup = shuffle(int(threadIdx.x / kWarpgroup), 0);
+    if (warpgroup == 0) {
+        registers_down<C::kProducerRegisters>();
+        if (threadIdx.x == 0) produce<C>(args, schedule, shared, &q_map, &k_map, &v_map);
+    } else {
+        registers_up<C::kConsumerRegisters>();
+        consume<C>(args, schedule, shared, warpgroup - 1);
+    }
+}
+
+// A tensor (batch, heads, seqlen, head_dim), of which a copy moves `rows` rows of a panel. Packed
+// sequences are one, of `total` rows.
+template <class T>
+TensorMap map_of(const void* tensor, const Strides& strides, int batch, int heads, int seqlen,
+                 int head_dim, bool packed, int total, int rows) {
+    if (packed) batch = 1, seqlen = total;
+    // The stride of a dim of size 1 may be anything.
+    const auto stride_of = [](int64_t stride, int size) { return size == 1 ? 8 : stride; };
+    return make_tensor_map({same<T, bfloat16> ? Element::bfloat16 : Element::float16,
+                            tensor,
+                            {head_dim, seqlen, heads, batch},
+                            {1, stride_of(strides.row, seqlen), stride_of(strides.head, heads),
+                             stride_of(strides.batch, batch)},
+                            {kPanel, rows, 1, 1},
+                            true});
+}
+
+template <class C>
+void launch_fwd(const AttentionFwdArgs& args) {
+    const Schedule schedule = schedule_of(args, C::kBlockM);
+    if (schedule.tiles == 0) return;
+    const auto keys_map = [&](const void* tensor, const Strides& strides, int head_dim) {
+        return map_of<typename C::T>(tensor, strides, args.batch, args.heads_kv, args.seqlen_k,
+                                     head_dim, args.cu_seqlens_k, args.total_k, C::kBlockN);
+    };
+    launch(attention_fwd_kernel<C>,
+           dim3(unsigned(std::min(schedule.tiles, current_device().processors))), C::kThreads,
+           C::kShared, args.stream, args, schedule,
+           map_of<typename C::T>(args.q, args.q_strides, args.batch, args.heads, args.seqlen_q,
+                                 args.head_dim, args.cu_seqlens_q, args.total_q, C::kBlockM),
+           keys_map(args.k, args.k_strides, args.head_dim),
+           keys_map(args.v, args.v_strides, args.head_dim_v));
+}
+
+// Tiles close to FlashAttention-3's: the widest that registers and shared memory hold.
+template <class T>
+void launch_fwd_of(const AttentionFwdArgs& args) {
+    const int head_dim = std::max(args.head_dim, args.head_dim_v);
+    const bool banded = args.window_left != kUnbounded || args.window_right != kUnbounded;
+    if (args.softcap != 0.0f || args.alibi_slopes || args.seed) {
+        if (head_dim <= 64) return launch_fwd<Config<T, 64, 64, 2, 128, true>>(args);
+        if (head_dim <= 128) return launch_fwd<Config<T, 128, 128, 2, 128, true>>(args);
+        return launch_fwd<Config<T, 256, 256, 2, 64, true>>(args);
+    }
+    if (head_dim <= 64) return launch_fwd<Config<T, 64, 64, 3, 128, false>>(args);
+    if (head_dim <= 128) {
+        // Wide blocks waste more at the edges, of the band and of few keys.
+        if (banded || args.seqlen_k < 1024)
+            return launch_fwd<Config<T, 128, 128, 2, 128, false>>(args);
+        return launch_fwd<Config<T, 128, 128, 2, 176, false>>(args);
+    }
+    if (head_dim <= 192 && args.head_dim_v <= 128)
+        return launch_fwd<Config<T, 192, 128, 2, 128, false>>(args);
+    if (head_dim <= 192) return launch_fwd<Config<T, 192, 192, 2, 96, false>>(args);
+    launch_fwd<Config<T, 256, 256, 2, 80, false>>(args);
+}
+
+// Of a dim, as copies take it. Those that repeat a row (stride 0) are left to other kernels.
+bool repeats(const Strides& strides, int batch, int heads, int seqlen) {
+    return (batch > 1 && strides.batch == 0) || (heads > 1 && strides.head == 0) ||
+           (seqlen > 1 && strides.row == 0);
+}
+
+}  // namespace
+
+bool attention_fwd_sm90_takes(const AttentionFwdArgs& args) {
+    const int head_dim = std::max(args.head_dim, args.head_dim_v);
+    const int batch_q = args.cu_seqlens_q ? 1 : args.batch;
+    const int batch_k = args.cu_seqlens_k ? 1 : args.batch;
+    const int rows_k = args.cu_seqlens_k ? args.total_k : args.seqlen_k;
+    return current_device().capability == 90 && args.splits <= 1 && !args.block_table &&
+           rows_k > 0 && (!args.seed || head_dim <= 128) &&
+           !repeats(args.q_strides, batch_q, args.heads, args.seqlen_q) &&
+           !repeats(args.k_strides, batch_k, args.heads_kv, rows_k) &&
+           !repeats(args.v_strides, batch_k, args.heads_kv, rows_k);
+}
+
+void attention_fwd_sm90(const AttentionFwdArgs& args) {
+    args.bfloat16 ? launch_fwd_of<bfloat16>(args) : launch_fwd_of<float16>(args);
+}
+
+}  // namespace fastattn::cuda
