@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import importlib.metadata
+import itertools
 import os
 import platform
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 import fastattn
 from fastattn.backends import BACKENDS
+from fastattn.backends.cuda import device as cuda_device
 from fastattn.kernels import tuning
 
 ENVIRONMENT = (
@@ -41,6 +43,7 @@ def collect() -> dict[str, Any]:
             "driver": _cuda_driver(),
             "torch": torch.version.cuda,
             "devices": devices,
+            "idle": cuda_device.idle(),
         },
         "tuned": {
             "folder": str(tuning.folder()),
@@ -69,8 +72,10 @@ def render(facts: dict[str, Any]) -> str:
         ]
     else:
         rows.append(("native module", f"missing: {native['reason']}"))
+    built = "built" if native["cuda"] else "not built"
+    idle = f", idle: {'; '.join(cuda['idle'])}" if native["cuda"] and cuda["idle"] else ""
     rows += [
-        ("CUDA kernels", "built" if native["cuda"] else "not built"),
+        ("CUDA kernels", built + idle),
         ("CUDA driver", cuda["driver"] or "none"),
         ("CUDA in torch", cuda["torch"] or "none"),
         ("CUDA devices", ", ".join(cuda["devices"]) or "none"),
@@ -144,8 +149,8 @@ def _backends() -> dict[str, dict[str, Any]]:
     backends: dict[str, dict[str, Any]] = {}
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     with torch.no_grad():
-        for device in devices:
-            x = torch.ones(8, 64, device=device)
+        for device, dtype in itertools.product(devices, (torch.bfloat16, torch.float32)):
+            x = torch.ones(8, 64, device=device, dtype=dtype)
             samples: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
                 "attention": (fastattn.attention, (x.view(1, 1, 8, 64),) * 3),
                 "softmax": (fastattn.softmax, (x,)),

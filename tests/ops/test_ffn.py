@@ -55,6 +55,7 @@ SIZES = [
     dict(rows=(3,), d_model=65, d_ff=130),
     dict(rows=(2, 20), d_model=33, d_ff=70, d_out=7),
     dict(rows=(130,), d_model=96, d_ff=200),
+    dict(rows=(70,), d_model=72, d_ff=136, d_out=24),
     dict(rows=(600,), d_model=40, d_ff=300),
     dict(rows=(50,), d_model=520, d_ff=1030),
     dict(rows=(2, 3, 4), d_model=8, d_ff=8),
@@ -78,8 +79,8 @@ def test_activations_and_saves(backend, activation, save, dtype):
 
 
 @pytest.mark.parametrize("biases", [(True, False), (False, True), (False, False)])
-def test_biases(backend, biases):
-    check("ffn", plain(biases=biases))
+def test_biases(backend, accurate, biases):
+    check("ffn", plain(biases=biases, dtype=accurate))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,13 +97,17 @@ def test_dropout(backend, save, dtype):
 )
 @given(data=st.data())
 def test_random_calls(backend, data):
-    draw = data.draw
+    draw, on_cuda = data.draw, backend == "cuda"
+
+    def features(most):
+        return draw(st.sampled_from(range(8, most, 8)) if on_cuda else st.integers(1, most))
+
     size = dict(
         rows=(draw(st.integers(1, 150)),),
-        d_model=draw(st.integers(1, 150)),
-        d_ff=draw(st.integers(1, 300)),
-        d_out=draw(st.integers(1, 150)),
-        dtype=draw(st.sampled_from(DTYPES)),
+        d_model=features(150),
+        d_ff=features(300),
+        d_out=features(150),
+        dtype=draw(st.sampled_from(DTYPES[1:] if on_cuda else DTYPES)),
     )
     kwargs = dict(activation=draw(st.sampled_from(ACTIVATIONS)), save=draw(st.sampled_from(SAVES)))
     if draw(st.booleans()):
@@ -111,17 +116,17 @@ def test_random_calls(backend, data):
         check("gated_ffn", gated(**size), **kwargs)
 
 
-def test_strides(backend):
-    x, w1, b1, w2, b2 = plain(rows=(12,), d_model=16, d_ff=24)
+def test_strides(backend, accurate):
+    x, w1, b1, w2, b2 = plain(rows=(12,), d_model=16, d_ff=24, dtype=accurate)
     check("ffn", [x.T.contiguous().T, w1.T.contiguous().T, b1, w2.T.contiguous().T, b2])
-    wide = torch.randn(12, 40)
+    wide = torch.randn(12, 40).to(accurate)
     check("ffn", [wide[:, 3:19], w1, b1, w2, b2])
     check("ffn", [x[:1].expand(7, -1), w1, b1, w2, b2])
     check("ffn", [x, w1, b1[:1].expand(24), w2, b2])
 
 
-def test_frozen_weights_and_frozen_input(backend):
-    x, w1, b1, w2, b2 = plain()
+def test_frozen_weights_and_frozen_input(backend, accurate):
+    x, w1, b1, w2, b2 = plain(dtype=accurate)
     fastattn.ffn(x.requires_grad_(), w1, b1, w2, b2).sum().backward()
     whole = x.grad
     assert w1.grad is None
@@ -134,8 +139,8 @@ def test_frozen_weights_and_frozen_input(backend):
 
 
 @pytest.mark.parametrize("rows", [(0,), (0, 3), (3, 0)])
-def test_empty(backend, rows):
-    tensors = plain(rows=rows)
+def test_empty(backend, accurate, rows):
+    tensors = plain(rows=rows, dtype=accurate)
     inputs = [t.requires_grad_() for t in tensors]
     y = fastattn.ffn(*inputs)
     assert y.shape == (*rows, 16)
@@ -145,10 +150,11 @@ def test_empty(backend, rows):
 
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("name", ["ffn", "gated_ffn"])
-def test_bytes_saved(backend, name, save):
+def test_bytes_saved(backend, accurate, name, save):
     """`save` decides what autograd keeps besides the arguments."""
     make = plain if name == "ffn" else gated
-    tensors = [t.requires_grad_() for t in make(rows=(64,), d_model=32, d_ff=128)]
+    size = dict(rows=(64,), d_model=32, d_ff=128, dtype=accurate)
+    tensors = [t.requires_grad_() for t in make(**size)]
     arguments = {t.data_ptr() for t in tensors}
     kept = []
 
@@ -161,11 +167,12 @@ def test_bytes_saved(backend, name, save):
         getattr(fastattn, name)(*tensors, save=save)
     preacts = 1 if name == "ffn" else 2
     matrices = {"all": preacts + 1, "preact": preacts, "input": 0}[save]
-    assert sum(kept) == matrices * 64 * 128 * 4
+    assert sum(kept) == matrices * 64 * 128 * accurate.itemsize
 
 
-def test_same_call_same_bits(backend):
-    tensors = [t.requires_grad_() for t in plain(rows=(300,), d_model=64, d_ff=256)]
+def test_same_call_same_bits(backend, accurate):
+    size = dict(rows=(300,), d_model=64, d_ff=256, dtype=accurate)
+    tensors = [t.requires_grad_() for t in plain(**size)]
     runs = []
     for _ in range(2):
         y = fastattn.ffn(*tensors)

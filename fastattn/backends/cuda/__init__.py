@@ -14,7 +14,7 @@ def unsupported(problem) -> list[str]:
     """Every reason why this backend cannot run `problem`; empty if it can."""
     op = problem.op.rpartition("_")[0]
     if op not in _OPS:
-        return [f"no CUDA C++ kernel for {op}"]
+        return ["no CUDA C++ kernel of this op"]
     return device.refusals(problem) + _OPS[op].unsupported(problem)
 
 

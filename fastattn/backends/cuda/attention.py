@@ -113,8 +113,9 @@ def attention_fwd(problem, t, with_lse=True) -> tuple[Tensor, Tensor | None]:
         splits = 1 if problem.deterministic else device.kernels.attention_splits(call)
         partial_out = partial_lse = None
         if splits > 1:
-            partial_out = t.q.new_empty((splits, *out.shape), dtype=torch.float32)
-            partial_lse = t.q.new_empty((splits, batch, heads, seqlen_q), dtype=torch.float32)
+            shape = (splits, problem.batch, heads, problem.seqlen_q)
+            partial_lse = t.q.new_empty(shape, dtype=torch.float32)
+            partial_out = t.q.new_empty((*shape, problem.head_dim_v), dtype=torch.float32)
         device.kernels.attention_fwd(
             call,
             device.address(out),
