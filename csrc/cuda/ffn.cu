@@ -161,7 +161,7 @@ void hidden_fwd(const FFNArgs& a, const GemmPlan& plan, void* hidden, void* prea
     const HiddenEpilogue<T, gated> epilogue{static_cast<T*>(hidden), static_cast<T*>(preact),
                                             {a.rows, a.d_ff},        static_cast<const T*>(a.b1),
                                             dropout_of<T>(a),        a.activation};
-    const GemmArgs args{{a.x, a.x}, {a.w1, a.w_up}, a.rows, a.d_ff, a.d_model, 1, 1, 0};
+    const GemmArgs args{{a.x, a.x}, {a.w1, a.w_up}, a.rows, a.d_ff, a.d_model, 1, 1, 0, {}};
     gemm<Major::k, Major::k>(args, plan, epilogue, a.stream);
 }
 
@@ -170,7 +170,7 @@ void ffn_fwd_of(const FFNFwdArgs& a) {
     const FwdPlan plan(a);
     hidden_fwd<T, gated>(a, plan.hidden, a.hidden, a.preact);
     const Matrix hidden{a.hidden, a.d_ff};
-    const GemmArgs args{{hidden, hidden}, {a.w2, a.w2}, a.rows, a.d_out, a.d_ff, 1, 1, 0};
+    const GemmArgs args{{hidden, hidden}, {a.w2, a.w2}, a.rows, a.d_out, a.d_ff, 1, 1, 0, {}};
     plan.y.run<T, Major::k, Major::k>(args, a.y, a.b2, plan.partials, a.stream);
 }
 
@@ -220,7 +220,7 @@ void ffn_bwd_of(const FFNBwdArgs& a) {
         dpreact,          static_cast<const T*>(preact), hidden_again,
         {a.rows, a.d_ff}, a.db1 ? plan.sums : nullptr,   dropout_of<T>(a),
         a.activation};
-    const GemmArgs to_hidden{{a.dy, a.dy}, {a.w2, a.w2}, a.rows, a.d_ff, a.d_out, 1, 1, 0};
+    const GemmArgs to_hidden{{a.dy, a.dy}, {a.w2, a.w2}, a.rows, a.d_ff, a.d_out, 1, 1, 0, {}};
     gemm<Major::k, Major::mn>(to_hidden, plan.dpreact, epilogue, a.stream);
     if (a.db1)
         sum_rows(plan.sums, a.d_ff, plan.db1_tiles(a), 1, static_cast<const T*>(nullptr), 1,
@@ -236,14 +236,14 @@ void ffn_bwd_of(const FFNBwdArgs& a) {
     const Matrix hidden{hidden_again ? hidden_again : a.hidden, a.d_ff};
     const auto weight = [&](const Product& product, void* to, const Matrix& d, const Matrix& by) {
         if (!to) return;
-        const GemmArgs args{{d, d}, {by, by}, 0, 0, a.rows, 1, 1, 0};
+        const GemmArgs args{{d, d}, {by, by}, 0, 0, a.rows, 1, 1, 0, {}};
         product.run<T, Major::mn, Major::mn>(args, to, nullptr, plan.sums, a.stream);
     };
     weight(plan.dw1, a.dw1, dgate, a.x);
     weight(plan.dw1, a.dw_up, dup, a.x);
     weight(plan.dw2, a.dw2, a.dy, hidden);
     if (!a.dx) return;
-    const GemmArgs args{{dgate, dup}, {a.w1, a.w_up}, 0, 0, a.d_ff, gated ? 2 : 1, 1, 0};
+    const GemmArgs args{{dgate, dup}, {a.w1, a.w_up}, 0, 0, a.d_ff, gated ? 2 : 1, 1, 0, {}};
     plan.dx.run<T, Major::k, Major::mn>(args, a.dx, nullptr, plan.sums, a.stream);
 }
 

@@ -1,14 +1,13 @@
 // What becomes of the sums of a tile's products, in the registers of the warps that hold them.
 //
 // A warp's sums are slices of (16, 64), each laid out as 8 accumulators of mma_m16n8k16 side by
-// side. A slice passes through 2 KB of shared memory of the warp's own between this layout and rows
-// of 128 bytes, as global memory is read and written.
+// side. Global memory is read and written 16 bytes a lane; the four lanes that share a row exchange
+// words to get from one layout to the other.
 #pragma once
 
 #include "cuda/activation.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/philox.cuh"
-#include "cuda/tile.cuh"
 
 namespace fastattn::cuda {
 
@@ -26,6 +25,7 @@ struct At {
 // The (rows, columns) matrices that a tile is read from and written to are contiguous.
 struct Extent {
     int rows, columns;
+    FASTATTN_DEVICE bool contains(At at) const { return at.row < rows && at.column < columns; }
     FASTATTN_DEVICE int64_t offset(At at) const { return int64_t(at.row) * columns + at.column; }
     FASTATTN_DEVICE int64_t size() const { return int64_t(rows) * columns; }
 };
@@ -35,73 +35,70 @@ struct SliceSums {
     SharedAddress base;
     int columns;
 
+    static constexpr int bytes(int block_m, int columns) { return block_m / 16 * columns * 4; }
     FASTATTN_DEVICE SharedAddress at(int row, int column) const {
         return base + 4 * (row / 16 * columns + column);
     }
 };
 
-// A warp's way between its slice of a matrix and rows of it; warp_sync stands between the two.
-struct Stage {
-    static constexpr int kBytes = 16 * 64 * 2;
-
-    Tile<16, 64> tile;
-
-    // Pair [j][h] of this lane.
-    FASTATTN_DEVICE SharedAddress pair(int j, int h) const {
-        const int lane = threadIdx.x % 32;
-        return tile.at(lane / 4 + 8 * h, j) + 4 * (lane % 4);
-    }
-    // Element 0 of this lane's i-th 8 of a row.
-    static FASTATTN_DEVICE At chunk(int i) {
-        const int lane = threadIdx.x % 32;
-        return {4 * i + lane / 8, lane % 8 * 8};
-    }
-    FASTATTN_DEVICE SharedAddress chunk_address(int i) const {
-        return tile.at(chunk(i).row, chunk(i).column / 8);
-    }
-
-    template <class T>
-    FASTATTN_DEVICE void round_in(const Slice& slice) const {
+// Four words of each of a quad's lanes, a matrix of (4, 4), are transposed.
+FASTATTN_DEVICE void transpose_quad(uint32_t (&words)[4]) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
+    for (int bit = 1; bit < 4; bit *= 2) {
+        const bool upper = threadIdx.x & bit;
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-                st_shared(pair(j, h), pack<T>(slice[j][2 * h], slice[j][2 * h + 1]));
-    }
-    template <class T>
-    FASTATTN_DEVICE void copy_out(T* matrix, Extent extent, At at) const {
-        tile.template store<16>(matrix + extent.offset(at), extent.columns, extent.rows - at.row,
-                                extent.columns - at.column, 0, threadIdx.x % 32);
-    }
-    // Both, and leaves the stage free.
-    template <class T>
-    FASTATTN_DEVICE void store(T* matrix, Extent extent, At at, const Slice& slice) const {
-        round_in<T>(slice);
-        warp_sync();
-        copy_out(matrix, extent, at);
-        warp_sync();
-    }
-
-    // The other way: loads are issued early, and put into the stage when they are needed.
-    template <class T>
-    static FASTATTN_DEVICE void fetch(uint4 (&words)[4], const T* matrix, Extent extent, At at) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const At from = at + chunk(i);
-            words[i] = uint4{0, 0, 0, 0};
-            if (from.row < extent.rows && from.column < extent.columns)
-                words[i] = ld_global(reinterpret_cast<const uint4*>(matrix + extent.offset(from)));
+        for (int i = 0; i < 4; i += 3 - bit) {
+            if (i & bit) continue;
+            uint32_t &low = words[i], &high = words[i + bit];
+            const uint32_t got = shuffle_xor(upper ? low : high, bit);
+            low = upper ? got : low, high = upper ? high : got;
         }
     }
-    FASTATTN_DEVICE void put(const uint4 (&words)[4]) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) st_shared(chunk_address(i), words[i]);
+}
+
+// Half of a slice's row of each lane, 32 columns from At{8 h, 32 half} on: words [k] is the pair
+// [4 * half + k][2 h + e].
+struct HalfRow {
+    uint32_t words[4];
+
+    // Where the lane's 8 columns begin, whose first the slice's is at `at`.
+    static FASTATTN_DEVICE At place(At at, int half, int h) {
+        const int lane = threadIdx.x % 32;
+        return at + At{8 * h + lane / 4, 32 * half + lane % 4 * 8};
+    }
+    // As global memory has them; `exchange` makes them pairs.
+    template <class T>
+    FASTATTN_DEVICE void fetch(const T* matrix, Extent extent, At place) {
+        uint4 four{0, 0, 0, 0};
+        if (extent.contains(place))
+            four = ld_global(reinterpret_cast<const uint4*>(matrix + extent.offset(place)));
+        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    }
+    FASTATTN_DEVICE void exchange() { transpose_quad(words); }
+    template <class T>
+    FASTATTN_DEVICE void store(T* matrix, Extent extent, At place) {
+        exchange();
+        if (extent.contains(place))
+            st_global(reinterpret_cast<uint4*>(matrix + extent.offset(place)),
+                      uint4{words[0], words[1], words[2], words[3]});
     }
 };
 
-// Two stages a warp, then the sums.
-constexpr int kStagesBytes = 2 * Stage::kBytes;
-constexpr int sums_bytes(int block_m, int block_n) { return block_m / 16 * block_n * 4; }
+template <class T>
+FASTATTN_DEVICE void store_slice(T* matrix, Extent extent, At at, const Slice& slice) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            HalfRow row;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const float (&pair)[4] = slice[4 * half + k];
+                row.words[k] = pack<T>(pair[2 * h], pair[2 * h + 1]);
+            }
+            row.store(matrix, extent, HalfRow::place(at, half, h));
+        }
+}
 
 template <class T>
 FASTATTN_DEVICE void add_bias(Slice& slice, const T* bias, int columns, At at) {
@@ -127,27 +124,39 @@ struct Dropout {
         const uint64_t key = ld_readonly(seed);
         const int lane = threadIdx.x % 32;
         uint32_t bits = 0;
+#pragma unroll 2
+        for (int i = 0; i < 8; ++i) {
+            // The four words serve columns 16 apart, every second j.
+            const int h = i / 4, odd = i / 2 % 2, e = i % 2;
+            uint32_t words[4];
+            philox_words(words, key, at.column + 8 * odd + lane % 4 * 2 + e,
+                         at.row + 8 * h + lane / 4, 0, 0);
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int column = 0; column < 4; ++column) {
-                // Its four words serve columns 16 apart, every second j.
-                const int odd = column / 2, e = column % 2;
-                uint32_t words[4];
-                philox_words(words, key, at.column + 8 * odd + lane % 4 * 2 + e,
-                             at.row + 8 * h + lane / 4, 0, 0);
-#pragma unroll
-                for (int w = 0; w < 4; ++w)
-                    if (words[w] >= threshold) bits |= 1u << (4 * (2 * w + odd) + 2 * h + e);
-            }
+            for (int w = 0; w < 4; ++w)
+                bits |= uint32_t(words[w] >= threshold) << (4 * (2 * w + odd) + 2 * h + e);
+        }
         return bits;
     }
-    FASTATTN_DEVICE float factor(uint32_t kept, int j, int element) const {
-        return kept >> (4 * j + element) & 1 ? keep_scale : 0.0f;
+    // Of pair [j][h].
+    FASTATTN_DEVICE float2 factors(uint32_t kept, int j, int h) const {
+        const uint32_t bits = kept >> (4 * j + 2 * h);
+        return {bits & 1 ? keep_scale : 0.0f, bits & 2 ? keep_scale : 0.0f};
     }
 };
 
-// An epilogue's run(sums, origin, split, local, stages, slice_sums) finishes a warp's part of a
+// Brings the next slice to the front: loops over slices that are not unrolled, so that the code
+// stays in the instruction cache, index them by 0.
+template <int slices>
+FASTATTN_DEVICE void advance(Slice (&sums)[slices]) {
+#pragma unroll
+    for (int s = 0; s + 1 < slices; ++s)
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[s][j][i] = sums[s + 1][j][i];
+}
+
+// An epilogue's run(sums, origin, split, local, slice_sums) finishes a warp's part of a
 // tile: `sums` are the slices of the first product, then of the second; slice s of each lies at
 // local(s) in the tile at `origin`.
 
@@ -165,7 +174,7 @@ struct OutEpilogue {
 
     template <int slices, class Local>
     FASTATTN_DEVICE void run(Slice (&sums)[slices], At origin, int split, Local local,
-                             const Stage (&stages)[2], SliceSums) const {
+                             SliceSums) const {
 #pragma unroll
         for (int s = 0; s < slices; ++s) {
             const At at = origin + local(s);
@@ -174,7 +183,7 @@ struct OutEpilogue {
                 continue;
             }
             if (bias) add_bias(sums[s], bias, extent.columns, at);
-            stages[0].store(out, extent, at, sums[s]);
+            store_slice(out, extent, at, sums[s]);
         }
     }
 
@@ -186,7 +195,7 @@ struct OutEpilogue {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const At pair = at + At{lane / 4 + 8 * h, 8 * j + lane % 4 * 2};
-                if (pair.row < extent.rows && pair.column < extent.columns)
+                if (extent.contains(pair))
                     st_global(reinterpret_cast<float2*>(to + extent.offset(pair)),
                               float2{slice[j][2 * h], slice[j][2 * h + 1]});
             }
@@ -208,18 +217,16 @@ struct HiddenEpilogue {
     Activation activation;
 
     template <int slices, class Local>
-    FASTATTN_DEVICE void run(Slice (&sums)[slices], At origin, int, Local local,
-                             const Stage (&stages)[2], SliceSums) const {
+    FASTATTN_DEVICE void run(Slice (&sums)[slices], At origin, int, Local local, SliceSums) const {
         constexpr int kOfProduct = slices / kProducts;
-#pragma unroll
-        for (int s = 0; s < kOfProduct; ++s) {
+        Slice &gate = sums[0], &up = sums[slices - kOfProduct];  // one and the same of one product
+#pragma unroll 1
+        for (int s = 0; s < kOfProduct; ++s, advance(sums)) {
             const At at = origin + local(s);
-            Slice& gate = sums[s];
-            Slice& up = sums[s + slices - kOfProduct];  // gate itself where there is none
             if (bias) add_bias(gate, bias, extent.columns, at);
             if (preact) {
-                stages[0].store(preact, extent, at, gate);
-                if constexpr (gated) stages[1].store(preact + extent.size(), extent, at, up);
+                store_slice(preact, extent, at, gate);
+                if constexpr (gated) store_slice(preact + extent.size(), extent, at, up);
             }
             if (!hidden) continue;
             with_activation(activation, [&](auto act) {
@@ -237,10 +244,13 @@ struct HiddenEpilogue {
 #pragma unroll
                     for (int j = 0; j < 8; ++j)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) gate[j][i] *= dropout.factor(kept, j, i);
+                        for (int h = 0; h < 2; ++h) {
+                            const float2 factor = dropout.factors(kept, j, h);
+                            gate[j][2 * h] *= factor.x, gate[j][2 * h + 1] *= factor.y;
+                        }
                 }
             }
-            stages[0].store(hidden, extent, at, gate);
+            store_slice(hidden, extent, at, gate);
         }
     }
 };
@@ -252,6 +262,7 @@ struct PreactEpilogue {
     using Element = T;
     static constexpr int kProducts = 1;
     static constexpr bool kSumsColumns = !gated;
+    static constexpr int kMatrices = gated ? 2 : 1;
 
     T* dpreact;       // (rows, columns), gated (2, rows, columns); may be preact
     const T* preact;  // the same
@@ -263,102 +274,112 @@ struct PreactEpilogue {
 
     template <int slices, class Local>
     FASTATTN_DEVICE void run(Slice (&sums)[slices], At origin, int, Local local,
-                             const Stage (&stages)[2], SliceSums slice_sums) const {
-        uint4 gate_words[4], up_words[4];
-        const auto fetch = [&](int s) {
-            Stage::fetch(gate_words, preact, extent, origin + local(s));
-            if constexpr (gated)
-                Stage::fetch(up_words, preact + extent.size(), extent, origin + local(s));
-        };
-        fetch(0);
+                             SliceSums slice_sums) const {
+        HalfRow next[kMatrices][2];  // [gate or up][h]
+        const auto fetch = [&](int s, int half) {
 #pragma unroll
-        for (int s = 0; s < slices; ++s) {
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int matrix = 0; matrix < kMatrices; ++matrix)
+                    next[matrix][h].fetch(preact + matrix * extent.size(), extent,
+                                          HalfRow::place(origin + local(s), half, h));
+        };
+        fetch(0, 0);
+#pragma unroll 1
+        for (int s = 0; s < slices; ++s, advance(sums)) {
             const At at = origin + local(s);
-            stages[0].put(gate_words);
-            if constexpr (gated) stages[1].put(up_words);
-            warp_sync();
-            if (s + 1 < slices) fetch(s + 1);
-
-            with_activation(activation, [&](auto act) {
-                if constexpr (gated)
-                    differentiate(act, sums[s], stages);
-                else
-                    differentiate(act, sums[s], stages[0], slice_sums, at, local(s));
-            });
-            warp_sync();
-            stages[0].copy_out(dpreact, extent, at);
-            if constexpr (gated) stages[1].copy_out(dpreact + extent.size(), extent, at);
-            warp_sync();
-            if (hidden) stages[0].store(hidden, extent, at, sums[s]);
+            const uint32_t kept = gated ? 0 : dropout.kept(at);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                HalfRow now[kMatrices][2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+                        now[matrix][h] = next[matrix][h];
+                        now[matrix][h].exchange();
+                    }
+                if (half == 0)
+                    fetch(s, 1);
+                else if (s + 1 < slices)
+                    fetch(s + 1, 0);
+                float2 column_sum[4] = {};
+                with_activation(activation, [&](auto act) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const int j = 4 * half + k;
+                            float (&pair)[2] = reinterpret_cast<float (&)[2]>(sums[0][j][2 * h]);
+                            const float2 factor = dropout.factors(kept, j, h);
+                            const float2 gradient =
+                                differentiate(act, pair, factor, now[0][h].words[k],
+                                              now[kMatrices - 1][h].words[k]);
+                            column_sum[k].x += gradient.x, column_sum[k].y += gradient.y;
+                        }
+                });
+                if (kSumsColumns && column_sums)
+                    sum_rows(column_sum, slice_sums, local(s) + At{0, 32 * half});
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int matrix = 0; matrix < kMatrices; ++matrix)
+                        now[matrix][h].store(dpreact + matrix * extent.size(), extent,
+                                             HalfRow::place(at, half, h));
+            }
+            if (hidden) store_slice(hidden, extent, at, sums[0]);
         }
     }
 
-    // The stages' gate and up become their gradients, d, from hidden's gradient, hidden.
+    // Of a pair of elements: gate and up become their gradients, d, hidden's gradient, becomes
+    // hidden. Returns gate's gradient, not rounded.
     template <class Act>
-    FASTATTN_DEVICE void differentiate(Act act, Slice& d, const Stage (&stages)[2]) const {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const SharedAddress gate_at = stages[0].pair(j, h), up_at = stages[1].pair(j, h);
-                const float2 gate = unpack<T>(ld_shared<uint32_t>(gate_at));
-                const float2 up = unpack<T>(ld_shared<uint32_t>(up_at));
-                const ValueAndSlope low = act.both(gate.x), high = act.both(gate.y);
-                float &d_low = d[j][2 * h], &d_high = d[j][2 * h + 1];
-                st_shared(up_at, pack<T>(d_low * low.value, d_high * high.value));
-                st_shared(gate_at, pack<T>(d_low * up.x * low.slope, d_high * up.y * high.slope));
-                d_low = low.value * up.x, d_high = high.value * up.y;
-            }
+    static FASTATTN_DEVICE float2 differentiate(Act act, float (&d)[2], float2 factor,
+                                                uint32_t& gate, uint32_t& up) {
+        const float2 before = unpack<T>(gate);
+        const ValueAndSlope low = act.both(before.x), high = act.both(before.y);
+        float2 gradient;
+        if constexpr (gated) {
+            const float2 by = unpack<T>(up);
+            gradient = {d[0] * by.x * low.slope, d[1] * by.y * high.slope};
+            up = pack<T>(d[0] * low.value, d[1] * high.value);
+            d[0] = low.value * by.x, d[1] = high.value * by.y;
+        } else {
+            gradient = {d[0] * factor.x * low.slope, d[1] * factor.y * high.slope};
+            d[0] = low.value * factor.x, d[1] = high.value * factor.y;
+        }
+        gate = pack<T>(gradient.x, gradient.y);
+        return gradient;
     }
 
-    // The same of the plain form, with the sums of the gradient's columns.
-    template <class Act>
-    FASTATTN_DEVICE void differentiate(Act act, Slice& d, Stage stage, SliceSums sums, At at,
-                                       At local) const {
+    // Sums over the slice's rows, of 32 columns from `local` on; a lane's are 8 k + 2 c and the
+    // next.
+    static FASTATTN_DEVICE void sum_rows(float2 (&sum)[4], SliceSums sums, At local) {
         const int lane = threadIdx.x % 32;
-        const uint32_t kept = dropout.kept(at);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float2 column_sum{0.0f, 0.0f};
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const SharedAddress preact_at = stage.pair(j, h);
-                const float2 before = unpack<T>(ld_shared<uint32_t>(preact_at));
-                const ValueAndSlope low = act.both(before.x), high = act.both(before.y);
-                float &d_low = d[j][2 * h], &d_high = d[j][2 * h + 1];
-                const float factor_low = dropout.factor(kept, j, 2 * h);
-                const float factor_high = dropout.factor(kept, j, 2 * h + 1);
-                const float2 both{d_low * factor_low * low.slope,
-                                  d_high * factor_high * high.slope};
-                column_sum.x += both.x, column_sum.y += both.y;
-                st_shared(preact_at, pack<T>(both.x, both.y));
-                d_low = low.value * factor_low, d_high = high.value * factor_high;
-            }
-            if (!column_sums) continue;
+        for (int k = 0; k < 4; ++k) {
 #pragma unroll
             for (int distance = 4; distance < 32; distance *= 2) {
-                column_sum.x += shuffle_xor(column_sum.x, distance);
-                column_sum.y += shuffle_xor(column_sum.y, distance);
+                sum[k].x += shuffle_xor(sum[k].x, distance);
+                sum[k].y += shuffle_xor(sum[k].y, distance);
             }
-            if (lane < 4)
-                st_shared(sums.at(local.row, local.column + 8 * j + 2 * lane), column_sum);
+            if (lane < 4) st_shared(sums.at(local.row, local.column + 8 * k + 2 * lane), sum[k]);
         }
     }
-    // After the last slice of a tile of kBlockM rows: by `threads` threads, which `sync` orders.
+
+    // After the last slice of a tile of kBlockM rows: by as many threads as it has columns or more,
+    // which `sync` orders.
     template <int kBlockM, class Sync>
-    FASTATTN_DEVICE void finish(At origin, SliceSums sums, int thread, int threads,
-                                Sync sync) const {
+    FASTATTN_DEVICE void finish(At origin, SliceSums sums, int thread, Sync sync) const {
         if (!column_sums) return;
         sync();
-        for (int column = thread; column < sums.columns; column += threads) {
+        const int column = origin.column + thread;
+        if (thread < sums.columns && column < extent.columns) {
             float sum = 0.0f;
 #pragma unroll
             for (int row = 0; row < kBlockM; row += 16)
-                sum += ld_shared<float>(sums.at(row, column));
-            if (origin.column + column < extent.columns)
-                st_global(column_sums + int64_t(origin.row / kBlockM) * extent.columns +
-                              origin.column + column,
-                          sum);
+                sum += ld_shared<float>(sums.at(row, thread));
+            st_global(column_sums + extent.offset({origin.row / kBlockM, column}), sum);
         }
         sync();
     }

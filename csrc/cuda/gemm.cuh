@@ -13,12 +13,46 @@ namespace fastattn::cuda {
 // How an operand lies in memory, A (m, k) or B (n, k): in rows of k, or, transposed, in k rows.
 enum class Major { k, mn };
 
+__host__ __device__ constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
+
+// Division by a number that the host knows: by a multiplication (Granlund and Montgomery, PLDI
+// 1994). 0 <= dividend < 2^31.
+struct Divisor {
+    uint32_t multiplier;
+    int shift;
+
+    Divisor() = default;
+    explicit Divisor(int by) : shift(31) {
+        while ((int64_t(1) << (shift - 31)) < by) ++shift;
+        multiplier = uint32_t(((uint64_t(1) << shift) + by - 1) / by);
+    }
+    FASTATTN_DEVICE int divide(int dividend) const {
+        return int(uint64_t(multiplier) * uint32_t(dividend) >> shift);
+    }
+};
+
+// Tiles go down kGroup at a time, so that those computed at once share operands in L2.
+struct TileOrder {
+    static constexpr int kGroup = 16;
+    int down, across, count;  // count: of all splits
+    Divisor tiles, group;     // by down * across, by kGroup * across
+
+    TileOrder() = default;
+    TileOrder(int down, int across, int splits)
+        : down(down),
+          across(across),
+          count(down * across * splits),
+          tiles(down * across),
+          group(kGroup * across) {}
+};
+
 // A_0 B_0^T, (m, n), plus A_1 B_1^T with two terms. A kernel of two products computes A_0 B_0^T and
 // A_0 B_1^T side by side.
 struct GemmArgs {
     Matrix a[2], b[2];
     int m, n, k, terms;
     int splits, share;  // of the inner dim; in how many steps of a tile's kBlockK
+    TileOrder order;
 };
 
 // What a block computes next: the tile of each product at (row, column), over steps [first, last)
@@ -27,19 +61,17 @@ struct Work {
     int row, column, split, first, last;
 };
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
-
-// Tiles go down kGroup at a time, so that those computed at once share operands in L2.
 template <int kBlockM, int kBlockN, int kBlockK>
 FASTATTN_DEVICE Work work_of(const GemmArgs& args, int index) {
-    constexpr int kGroup = 16;
-    const int down = ceil_div(args.m, kBlockM), across = ceil_div(args.n, kBlockN);
-    const int split = index / (down * across), tile = index % (down * across);
-    const int first_down = tile / (kGroup * across) * kGroup;
-    const int height = min(kGroup, down - first_down), within = tile % (kGroup * across);
+    constexpr int kGroup = TileOrder::kGroup;
+    const TileOrder& order = args.order;
+    const int split = order.tiles.divide(index), tile = index - split * order.down * order.across;
+    const int group = order.group.divide(tile), within = tile - group * kGroup * order.across;
+    const int height = min(kGroup, order.down - group * kGroup);
+    const int across = height == kGroup ? within / kGroup : within / height;
     const int first = split * args.share;
     const int last = min(first + args.share, args.terms * ceil_div(args.k, kBlockK));
-    return {(first_down + within % height) * kBlockM, within / height * kBlockN, split, first,
+    return {(group * kGroup + within - across * height) * kBlockM, across * kBlockN, split, first,
             last};
 }
 

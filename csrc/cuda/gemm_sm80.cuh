@@ -13,12 +13,12 @@ namespace fastattn::cuda {
 template <int warps_n, int slices_m, int slices_n, int block_k, int stages>
 struct Tiling {
     static constexpr int kSlicesM = slices_m, kSlicesN = slices_n, kSlices = slices_m * slices_n;
-    static constexpr int kThreads = 128 * warps_n, kWarps = 4 * warps_n;
+    static constexpr int kThreads = 128 * warps_n;
     static constexpr int kBlockM = 64 * slices_m, kBlockN = 64 * slices_n * warps_n;
     static constexpr int kBlockK = block_k, kStages = stages;
     static constexpr int kABytes = kBlockM * kBlockK * 2, kBBytes = kBlockN * kBlockK * 2;
     static constexpr int kShared = kStages * (kABytes + kBBytes);
-    static_assert(kShared >= kWarps * kStagesBytes + sums_bytes(kBlockM, kBlockN));
+    static_assert(kShared >= SliceSums::bytes(kBlockM, kBlockN) && kThreads >= kBlockN);
 };
 template <int products>
 using SmallTiles = Tiling<1, 1, products, 64, 4>;
@@ -138,23 +138,19 @@ __global__ void __launch_bounds__(Tiles::kThreads)
         const int row = 16 * (kSlicesM * warp_m + s % kSlicesM);
         return At{row, Epilogue::kProducts == 1 ? b_row(s / kSlicesM) : 64 * warp_n};
     };
-    const int warp = threadIdx.x / 32;
-    const SharedAddress first_stage = dynamic_shared() + warp * kStagesBytes;
-    const Stage stages[2] = {{first_stage}, {first_stage + Stage::kBytes}};
-    const SliceSums sums{dynamic_shared() + Tiles::kWarps * kStagesBytes, kBlockN};
     const At origin{work.row, work.column};
-    epilogue.run(acc, origin, work.split, local, stages, sums);
+    const SliceSums sums{dynamic_shared(), kBlockN};
+    epilogue.run(acc, origin, work.split, local, sums);
     if constexpr (Epilogue::kSumsColumns)
-        epilogue.template finish<kBlockM>(origin, sums, threadIdx.x, Tiles::kThreads,
-                                          [] { barrier(); });
+        epilogue.template finish<kBlockM>(origin, sums, threadIdx.x, [] { barrier(); });
 }
 
 template <Major kA, Major kB, class Tiles, class Epilogue>
-void gemm_sm80(const GemmArgs& args, const Epilogue& epilogue, void* stream) {
-    const int blocks = ceil_div(args.m, Tiles::kBlockM) *
-                       ceil_div(args.n, Tiles::kBlockN / Epilogue::kProducts) * args.splits;
-    launch(gemm_sm80_kernel<kA, kB, Tiles, Epilogue>, dim3(unsigned(blocks)), Tiles::kThreads,
-           Tiles::kShared, stream, args, epilogue);
+void gemm_sm80(GemmArgs args, const Epilogue& epilogue, void* stream) {
+    args.order = TileOrder(ceil_div(args.m, Tiles::kBlockM),
+                           ceil_div(args.n, Tiles::kBlockN / Epilogue::kProducts), args.splits);
+    launch(gemm_sm80_kernel<kA, kB, Tiles, Epilogue>, dim3(unsigned(args.order.count)),
+           Tiles::kThreads, Tiles::kShared, stream, args, epilogue);
 }
 
 }  // namespace fastattn::cuda

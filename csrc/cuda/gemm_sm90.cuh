@@ -1,0 +1,192 @@
+// The matrix product on sm_90: one block a multiprocessor, which goes from tile to tile. A producer
+// warp has the copy engine fill a ring of kStages steps of both operands, and runs ahead into the
+// next tile; two warpgroups multiply them by wgmma, each 64 of the tile's 128 rows, and finish the
+// tile while the ring fills (as CUTLASS's persistent cooperative kernels).
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/ffn_epilogue.cuh"
+#include "cuda/gemm.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace fastattn::cuda {
+
+struct OperandMaps {
+    TensorMap a[2], b[2];  // as in GemmArgs
+};
+
+// Shared memory of a tile of 128 rows by kBlockN columns, those of both products where there are
+// two: the operands, the epilogue's, then the barriers.
+template <int block_n>
+struct TilingSm90 {
+    static constexpr int kBlockM = 128, kBlockN = block_n, kBlockK = 64;
+    static constexpr int kStages = kBlockN == 256 ? 4 : 6;
+    static constexpr int kABytes = kBlockM * kBlockK * 2, kBBytes = kBlockN * kBlockK * 2;
+    static constexpr int kProducers = 128, kConsumers = 256;
+    static constexpr int kThreads = kProducers + kConsumers;
+    static constexpr int kSums = kStages * (kABytes + kBBytes);
+    static constexpr int kBarriers = kSums + SliceSums::bytes(kBlockM, kBlockN);
+    static constexpr int kShared = kBarriers + 2 * kStages * 8;
+    static_assert(kShared <= 227 * 1024 && kConsumers >= kBlockN);
+
+    static FASTATTN_DEVICE SharedAddress a(int slot) { return dynamic_shared() + slot * kABytes; }
+    static FASTATTN_DEVICE SharedAddress b(int slot) {
+        return dynamic_shared() + kStages * kABytes + slot * kBBytes;
+    }
+    // Of a slot: its operands have arrived; they have been read.
+    static FASTATTN_DEVICE SharedAddress full(int slot) {
+        return dynamic_shared() + kBarriers + 8 * slot;
+    }
+    static FASTATTN_DEVICE SharedAddress empty(int slot) { return full(kStages + slot); }
+};
+
+// Where producer and consumers stand in the ring.
+template <int kStages>
+struct Ring {
+    int slot = 0;
+    uint32_t parity = 0;
+    FASTATTN_DEVICE void advance() {
+        if (++slot == kStages) slot = 0, parity ^= 1;
+    }
+};
+
+// Rows of m or n, outer to outer + kOuter, and 64 of the inner dim from `inner` on, as `major` has
+// them in memory: for Major::mn in panels of 64 columns, one after the other.
+template <Major major, int kOuter>
+FASTATTN_DEVICE void load_operand(SharedAddress to, const TensorMap* map, SharedAddress barrier,
+                                  int outer, int inner) {
+    if constexpr (major == Major::k) {
+        tma_load_4d(to, map, barrier, inner, outer, 0, 0);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kOuter; i += 64)
+            tma_load_4d(to + i * 128, map, barrier, outer + i, inner, 0, 0);
+    }
+}
+
+template <Major kA, Major kB, class Tiles, class Epilogue>
+__global__ void __launch_bounds__(Tiles::kThreads, 1)
+    gemm_sm90_kernel(const __grid_constant__ OperandMaps maps,
+                     const __grid_constant__ GemmArgs args,
+                     const __grid_constant__ Epilogue epilogue) {
+    using T = typename Epilogue::Element;
+    constexpr int kBlockM = Tiles::kBlockM, kBlockK = Tiles::kBlockK, kStages = Tiles::kStages;
+    constexpr int kProducts = Epilogue::kProducts, kBlockN = Tiles::kBlockN / kProducts;
+
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < kStages; ++slot) {
+            mbarrier_init(Tiles::full(slot), 1);
+            mbarrier_init(Tiles::empty(slot), Tiles::kConsumers / 32);
+        }
+        fence_mbarrier_init();
+    }
+    barrier();
+
+    if (threadIdx.x < Tiles::kProducers) {
+        registers_down<24>();
+        if (threadIdx.x != 0) return;
+        const int steps = ceil_div(args.k, kBlockK);
+        Ring<kStages> ring;
+        for (int index = blockIdx.x; index < args.order.count; index += gridDim.x) {
+            const Work work = work_of<kBlockM, kBlockN, kBlockK>(args, index);
+            for (int step = work.first; step < work.last; ++step) {
+                const int term = step >= steps, k = (step - term * steps) * kBlockK;
+                const SharedAddress full = Tiles::full(ring.slot);
+                mbarrier_wait(Tiles::empty(ring.slot), ring.parity ^ 1);
+                mbarrier_arrive_expect(full, Tiles::kABytes + Tiles::kBBytes);
+                load_operand<kA, kBlockM>(Tiles::a(ring.slot), &maps.a[term], full, work.row, k);
+#pragma unroll
+                for (int product = 0; product < kProducts; ++product)
+                    load_operand<kB, kBlockN>(Tiles::b(ring.slot) + product * kBlockN * 128,
+                                              &maps.b[kProducts == 2 ? product : term], full,
+                                              work.column, k);
+                ring.advance();
+            }
+        }
+    } else {
+        registers_up<240>();
+        constexpr int kSlices = Tiles::kBlockN / 64;
+        const int thread = threadIdx.x - Tiles::kProducers, warp = thread / 32;
+        // The first 64 rows or the others: 8 KB in both layouts, as is a panel.
+        const int a_offset = warp / 4 * 64 * 128;
+        const auto release = [&](int slot) {
+            if (thread % 32 == 0) mbarrier_arrive(Tiles::empty(slot));
+        };
+        Ring<kStages> ring;
+        for (int index = blockIdx.x; index < args.order.count; index += gridDim.x) {
+            const Work work = work_of<kBlockM, kBlockN, kBlockK>(args, index);
+            float acc[Tiles::kBlockN / 2];
+            int read = 0;  // the slot of the step before
+            for (int step = work.first; step < work.last; ++step) {
+                mbarrier_wait(Tiles::full(ring.slot), ring.parity);
+                const SharedAddress a = Tiles::a(ring.slot) + a_offset, b = Tiles::b(ring.slot);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < kBlockK; k += 16)
+                    wgmma<T, Tiles::kBlockN, kA == Major::mn, kB == Major::mn>(
+                        acc, wgmma_operand(a + k * (kA == Major::mn ? 128 : 2), kBlockK * 128),
+                        wgmma_operand(b + k * (kB == Major::mn ? 128 : 2), kBlockK * 128),
+                        step > work.first || k > 0);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (step > work.first) release(read);
+                read = ring.slot;
+                ring.advance();
+            }
+            wgmma_wait<0>();
+            wgmma_landed(acc);
+            release(read);
+
+            const auto local = [&](int s) { return At{16 * warp, 64 * s}; };
+            const At origin{work.row, work.column};
+            const SliceSums sums{dynamic_shared() + Tiles::kSums, kBlockN};
+            epilogue.run(reinterpret_cast<Slice(&)[kSlices]>(acc), origin, work.split, local, sums);
+            if constexpr (Epilogue::kSumsColumns)
+                epilogue.template finish<kBlockM>(origin, sums, thread,
+                                                  [] { barrier_sync(1, Tiles::kConsumers); });
+        }
+    }
+}
+
+// `outers` rows of m or n and `inners` of the inner dim; `box` of the outers at once.
+template <class T, Major major>
+TensorMap map_operand(const Matrix& matrix, int outers, int inners, int box) {
+    const bool transposed = major == Major::mn;
+    return make_tensor_map({same<T, bfloat16> ? Element::bfloat16 : Element::float16,
+                            matrix.data,
+                            {transposed ? outers : inners, transposed ? inners : outers, 1, 1},
+                            {1, matrix.stride, matrix.stride, matrix.stride},
+                            {64, transposed ? 64 : box, 1, 1},
+                            true});
+}
+
+template <Major kA, Major kB, class Tiles, class Epilogue>
+void launch_sm90(GemmArgs args, const Epilogue& epilogue, void* stream) {
+    using T = typename Epilogue::Element;
+    constexpr int kBlockN = Tiles::kBlockN / Epilogue::kProducts;
+    OperandMaps maps;
+    for (int i = 0; i < 2; ++i) {
+        // Where there is one only, it stands for both.
+        const Matrix& a = args.a[args.terms == 2 ? i : 0];
+        const Matrix& b = args.b[args.terms == 2 || Epilogue::kProducts == 2 ? i : 0];
+        maps.a[i] = map_operand<T, kA>(a, args.m, args.k, Tiles::kBlockM);
+        maps.b[i] = map_operand<T, kB>(b, args.n, args.k, kBlockN);
+    }
+    args.order =
+        TileOrder(ceil_div(args.m, Tiles::kBlockM), ceil_div(args.n, kBlockN), args.splits);
+    const int blocks = std::min(args.order.count, current_device().processors);
+    launch(gemm_sm90_kernel<kA, kB, Tiles, Epilogue>, dim3(unsigned(blocks)), Tiles::kThreads,
+           Tiles::kShared, stream, maps, args, epilogue);
+}
+
+template <Major kA, Major kB, class Epilogue>
+void gemm_sm90(const GemmArgs& args, const Epilogue& epilogue, TileSize size, void* stream) {
+    if (size == TileSize::medium)
+        launch_sm90<kA, kB, TilingSm90<128>>(args, epilogue, stream);
+    else
+        launch_sm90<kA, kB, TilingSm90<256>>(args, epilogue, stream);
+}
+
+}  // namespace fastattn::cuda
