@@ -1,5 +1,6 @@
 #include "emulation/mbarrier.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -72,13 +73,10 @@ void Mbarrier::wait(uint32_t parity, Site site) {
     const int thread = block().thread();
     const uint32_t phase = phase_;
     if (phase % 2 == parity) {
-        char instruction[200];
-        block().wait_until(instruction, site, [&] {
+        block().wait_until(what_waits_, site, [&] {
             if (phase_ == phase) land();
-            if (phase_ != phase) return true;
-            std::snprintf(instruction, sizeof instruction, "mbarrier_wait of parity %u at %s",
-                          parity, str().c_str());
-            return false;
+            if (phase_ == phase) describe_wait();
+            return phase_ != phase;
         });
         if (phase_ != phase + 1)
             block().fail(thread,
@@ -88,6 +86,15 @@ void Mbarrier::wait(uint32_t parity, Site site) {
                          site);
     }
     block().clocks().acquire(thread, ended_);
+}
+
+// Keeps what_waits_, which a report of a deadlock quotes, true.
+void Mbarrier::describe_wait() {
+    const int64_t now[] = {phase_, missing_, bytes_};
+    if (std::equal(now, now + 3, said_)) return;
+    std::copy(now, now + 3, said_);
+    std::snprintf(what_waits_, sizeof what_waits_, "mbarrier_wait of parity %u at %s", phase_ % 2,
+                  str().c_str());
 }
 
 void Mbarrier::show(int thread) {

@@ -46,6 +46,7 @@ class Mbarrier {
 
   private:
     void land();
+    void describe_wait();
     void end_phase_if_complete(int thread, Site site);
     std::string str() const;
 
@@ -56,6 +57,8 @@ class Mbarrier {
     Time shown_ = -1;  // when the initialiser has shown it
     VectorClock arriving_, ended_;
     std::vector<IncomingCopy> copies_;  // in flight
+    char what_waits_[200];              // of the phase and what it missed when last asked
+    int64_t said_[3] = {-1, -1, -1};
 };
 
 // Of a block, by address.

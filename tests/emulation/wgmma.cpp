@@ -175,53 +175,54 @@ Accumulator& accumulator_of(Warpgroup& w, Calls calls, int first, Site site) {
     return fresh;
 }
 
-// Reads operands from shared memory, as a warp sees it: which of the others' writes it knows of,
-// and that they were shown to the asynchronous proxy. Warps of a warpgroup do not wait for each
-// other, so each answers for what it reads: all of B, and its own rows of A.
-struct Reader {
-    int first;
-    const Warpgroup& warpgroup;
-    const WgmmaCall& call;
-    Site site;
-
-    template <class Element>
-    void read(int warp, SharedAddress chunk, Element element) const {
-        const Access access =
-            block().access_async("wgmma", site, first + warp * kWarp, warpgroup.agent, true);
-        uint16_t values[8];
-        std::memcpy(values, block().shared().read(chunk, 16, 16, access), 16);
-        for (int i = 0; i < 8; ++i)
-            element(i) = call.bfloat16 ? widen_bfloat16(values[i]) : widen_float16(values[i]);
-    }
-};
-
-void read_a(const Reader& reader, float (&a)[kM][kK]) {
-    const WgmmaOperand operand =
-        decode_wgmma_operand(reader.call.a_descriptor, reader.call.trans_a, kM);
-    for (int warp = 0; warp < kWarpgroup / kWarp; ++warp)
-        for (int m = 16 * warp; m < 16 * warp + 16; m += operand.mn_major ? 8 : 1)
-            for (int step = 0; step < (operand.mn_major ? kK : 2); ++step)
-                if (operand.mn_major)
-                    reader.read(warp, operand.chunk_of_column(m, step),
-                                [&](int i) -> float& { return a[m + i][step]; });
-                else
-                    reader.read(warp, operand.chunk_of_row(m, step),
-                                [&](int i) -> float& { return a[m][8 * step + i]; });
+void widen(const uint16_t (&bits)[8], bool bfloat16, float (&values)[8]) {
+    if (bfloat16)
+        for (int i = 0; i < 8; ++i) values[i] = widen_bfloat16(bits[i]);
+    else
+        for (int i = 0; i < 8; ++i) values[i] = widen_float16(bits[i]);
 }
 
-void read_b(const Reader& reader, float (&b)[kK][kMaxN]) {
-    const int n = reader.call.n;
-    const WgmmaOperand operand =
-        decode_wgmma_operand(reader.call.b_descriptor, reader.call.trans_b, n);
+// Calls take(mn, k, values) for each chunk of 8 elements of an operand in shared memory, of rows
+// [begin, end) of A or columns of B: along mn from (mn, k) on if it is MN-major, else along k.
+//
+// `warp` of the warpgroup reads: what it knows of others' writes counts, and that they were shown
+// to the asynchronous proxy. Warps of a warpgroup do not wait for each other, so that each answers
+// for all of B, but only for its own rows of A.
+template <class Take>
+void read(const WgmmaOperand& operand, int begin, int end, int warp, const Warpgroup& w,
+          bool bfloat16, Site site, Take take) {
+    const Access access =
+        block().access_async("wgmma", site, first_thread() + warp * kWarp, w.agent, true);
+    const int mn_step = operand.mn_major ? 8 : 1, k_step = operand.mn_major ? 1 : 8;
+    for (int mn = begin; mn < end; mn += mn_step)
+        for (int k = 0; k < kK; k += k_step) {
+            const uint32_t chunk =
+                operand.mn_major ? operand.chunk_of_column(mn, k) : operand.chunk_of_row(mn, k / 8);
+            uint16_t bits[8];
+            std::memcpy(bits, block().shared().read(chunk, 16, 16, access), 16);
+            float values[8];
+            widen(bits, bfloat16, values);
+            take(mn, k, values);
+        }
+}
+
+void read_a(const Warpgroup& w, const WgmmaCall& call, float (&a)[kM][kK], Site site) {
+    const WgmmaOperand operand = decode_wgmma_operand(call.a_descriptor, call.trans_a, kM);
     for (int warp = 0; warp < kWarpgroup / kWarp; ++warp)
-        for (int j = 0; j < n; j += operand.mn_major ? 8 : 1)
-            for (int step = 0; step < (operand.mn_major ? kK : 2); ++step)
-                if (operand.mn_major)
-                    reader.read(warp, operand.chunk_of_column(j, step),
-                                [&](int i) -> float& { return b[step][j + i]; });
-                else
-                    reader.read(warp, operand.chunk_of_row(j, step),
-                                [&](int i) -> float& { return b[8 * step + i][j]; });
+        read(operand, 16 * warp, 16 * warp + 16, warp, w, call.bfloat16, site,
+             [&](int m, int k, const float (&values)[8]) {
+                 for (int i = 0; i < 8; ++i) (call.trans_a ? a[m + i][k] : a[m][k + i]) = values[i];
+             });
+}
+
+void read_b(const Warpgroup& w, const WgmmaCall& call, float (&b)[kK][kMaxN], Site site) {
+    const WgmmaOperand operand = decode_wgmma_operand(call.b_descriptor, call.trans_b, call.n);
+    read(operand, 0, call.n, 0, w, call.bfloat16, site,
+         [&](int n, int k, const float (&values)[8]) {
+             for (int i = 0; i < 8; ++i) (call.trans_b ? b[k][n + i] : b[k + i][n]) = values[i];
+         });
+    for (int warp = 1; warp < kWarpgroup / kWarp; ++warp)
+        read(operand, 0, call.n, warp, w, call.bfloat16, site, [](int, int, const float (&)[8]) {});
 }
 
 void take_a(Warpgroup& w, Calls calls, float (&a)[kM][kK], Site site) {
@@ -238,17 +239,20 @@ void take_a(Warpgroup& w, Calls calls, float (&a)[kM][kK], Site site) {
     }
 }
 
+// sums (64, n) += a (64, 16) b (16, n), in tiles of 2 rows and 16 columns.
 void multiply(float* sums, int n, const float (&a)[kM][kK], const float (&b)[kK][kMaxN]) {
-    using Row = float __attribute__((vector_size(64)));
+    using Quad = float __attribute__((vector_size(16)));
     for (int j = 0; j < n; j += 16)
-        for (int m = 0; m < kM; ++m) {
-            Row sum, column;
-            std::memcpy(&sum, sums + m * n + j, sizeof sum);
+        for (int m = 0; m < kM; m += 2) {
+            Quad upper[4], lower[4], row[4];
+            std::memcpy(upper, sums + m * n + j, 64), std::memcpy(lower, sums + m * n + n + j, 64);
             for (int k = 0; k < kK; ++k) {
-                std::memcpy(&column, &b[k][j], sizeof column);
-                sum += a[m][k] * column;
+                std::memcpy(row, &b[k][j], 64);
+#pragma GCC unroll 4
+                for (int q = 0; q < 4; ++q)
+                    upper[q] += a[m][k] * row[q], lower[q] += a[m + 1][k] * row[q];
             }
-            std::memcpy(sums + m * n + j, &sum, sizeof sum);
+            std::memcpy(sums + m * n + j, upper, 64), std::memcpy(sums + m * n + n + j, lower, 64);
         }
 }
 
@@ -264,10 +268,9 @@ void run(Warpgroup& w, Calls calls, Site site) {
     w.check_registers(first);
 
     float a[kM][kK], b[kK][kMaxN];
-    const Reader reader{first, w, call, site};
     try {
-        call.a ? take_a(w, calls, a, site) : read_a(reader, a);
-        read_b(reader, b);
+        call.a ? take_a(w, calls, a, site) : read_a(w, call, a, site);
+        read_b(w, call, b, site);
     } catch (const InvalidOperand& fault) {
         block().fail(fault.what(), site);
     }
