@@ -6,17 +6,13 @@
 namespace fastattn::cuda {
 
 // Describes a tile of 16-bit elements in shared memory whose rows of 128 bytes are swizzled as TMA
-// does it (chunk c of row r lies at c ^ (r % 8)); `tile` is the first element of the operand, rows
-// r and r + 8 are 1024 bytes apart. K-major operands (k runs along the rows) advance by 32 bytes a
-// step of k = 16 within the 128 bytes; `leading` is unused there. MN-major ones (k runs down the
-// rows; kTrans) advance by 2048 bytes a step of k = 16, and `leading` is the distance in bytes
-// between panels of 64 elements along m or n. PTX ISA, "Matrix descriptor".
-#ifdef FASTATTN_EMULATION
-inline
-#else
-FASTATTN_DEVICE
-#endif
-    uint64_t wgmma_operand(SharedAddress tile, uint32_t leading = 16) {
+// does it (chunk c of row r lies at c ^ (r % 8)); `tile` is the first element of the operand, in a
+// row at a multiple of 1024 bytes, and rows r and r + 8 are 1024 bytes apart. K-major operands (k
+// runs along the rows) advance by 32 bytes a step of k = 16 within the 128 bytes; `leading` is
+// unused there. MN-major ones (k runs down the rows; kTrans) advance by 2048 bytes a step of k =
+// 16, and `leading` is the distance in bytes between panels of 64 elements along m or n. PTX ISA,
+// "Matrix Descriptor Format" and "Canonical Layouts".
+FASTATTN_DEVICE uint64_t wgmma_operand(SharedAddress tile, uint32_t leading = 16) {
     constexpr uint64_t kSwizzle128 = 1;
     return uint64_t((tile & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 |
            uint64_t(1024 >> 4) << 32 | kSwizzle128 << 62;
@@ -25,6 +21,11 @@ FASTATTN_DEVICE
 FASTATTN_DEVICE uint64_t advanced(uint64_t operand, uint32_t bytes) {
     return operand + (bytes >> 4);
 }
+
+// Whether wgmma below has a form of n columns.
+template <int n>
+constexpr bool is_wgmma_n = n == 16 || n == 32 || n == 64 || n == 80 || n == 96 || n == 128 ||
+                            n == 176 || n == 192 || n == 256;
 
 }  // namespace fastattn::cuda
 
@@ -148,9 +149,10 @@ FASTATTN_DEVICE void wgmma_landed(float (&d)[n]) {
 // d (64, n) = a (64, 16) b (16, n), + d where `accumulate`; asynchronous, float32 accumulation.
 // Warp w of the warpgroup holds rows 16 w to 16 w + 15; of column block j (8 wide) a lane holds
 // d[4 j .. 4 j + 3] as mma_m16n8k16 has them. Operands from `wgmma_operand`; kTransA, kTransB: they
-// are MN-major. n: 16, 32, 64, 80, 96, 128, 176, 192, 256.
+// are MN-major.
 template <class T, int n, bool kTransA = false, bool kTransB = false>
 FASTATTN_DEVICE void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
+    static_assert(is_wgmma_n<n>);
     FASTATTN_WGMMA(16, SS, 8, 9, 10, 11, 12)
     FASTATTN_WGMMA(32, SS, 16, 17, 18, 19, 20)
     FASTATTN_WGMMA(64, SS, 32, 33, 34, 35, 36)
@@ -164,6 +166,7 @@ FASTATTN_DEVICE void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accum
 // The same with a in registers, laid out as mma_m16n8k16 has it, 16 rows a warp.
 template <class T, int n, bool kTransB = false>
 FASTATTN_DEVICE void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    static_assert(is_wgmma_n<n>);
     FASTATTN_WGMMA(16, RS, 8, 9, 10, 11, 12, 13, 14)
     FASTATTN_WGMMA(32, RS, 16, 17, 18, 19, 20, 21, 22)
     FASTATTN_WGMMA(64, RS, 32, 33, 34, 35, 36, 37, 38)

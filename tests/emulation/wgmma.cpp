@@ -1,4 +1,4 @@
-#include "emulation/wgmma.h"
+#include "cuda/wgmma.cuh"
 
 #include <algorithm>
 #include <bit>

@@ -1,4 +1,4 @@
-// The instructions of csrc/cuda/wgmma.cuh, which documents them, on the host.
+// The instructions of csrc/cuda/wgmma.cuh, which documents them and includes this, on the host.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +24,6 @@ void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
 void wgmma_landed(const float* d, int count, Site site);
 
-constexpr bool is_wgmma_n(int n) {
-    for (const int known : {16, 32, 64, 80, 96, 128, 176, 192, 256})
-        if (n == known) return true;
-    return false;
-}
-
 }  // namespace fastattn::emulation
 
 namespace fastattn::cuda {
@@ -50,13 +44,13 @@ void wgmma_landed(float (&d)[n], Site site = Site::here()) {
 
 template <class T, int n, bool kTransA = false, bool kTransB = false>
 void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate, Site site = Site::here()) {
-    static_assert(emulation::is_wgmma_n(n));
+    static_assert(is_wgmma_n<n>);
     emulation::wgmma({d, nullptr, a, b, n, same<T, bfloat16>, kTransA, kTransB, accumulate}, site);
 }
 template <class T, int n, bool kTransB = false>
 void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
            Site site = Site::here()) {
-    static_assert(emulation::is_wgmma_n(n));
+    static_assert(is_wgmma_n<n>);
     emulation::wgmma({d, a, 0, b, n, same<T, bfloat16>, false, kTransB, accumulate}, site);
 }
 
