@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.p
 	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test lint format aot bench bench-cpu sanitize sanitize-threads clean
+.PHONY: demo test lint format aot cuda bench bench-cpu sanitize sanitize-threads clean
 
 # Run from inside .venv: here, the checkout's own fastattn would hide the installed one.
 demo: $(VENV)/demo
@@ -39,6 +39,12 @@ format: $(VENV)/dev
 # The Triton kernels, compiled for GPUs of every kind that CI holds them to: none is needed.
 aot: $(VENV)/dev
 	cd $(VENV) && bin/python -m fastattn.kernels.aot
+
+# The CUDA kernels alike, by the system's nvcc or, where there is none, PyPI's.
+cuda: $(VENV)/dev
+	test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc > /dev/null || \
+		$(PIP) install -c constraints.txt 'fastattn[nvcc]'
+	$(BIN)/python tests/cuda_report.py
 
 bench: $(VENV)/dev
 	cd bench && '$(CURDIR)/$(BIN)/pytest' .

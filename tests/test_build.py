@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -201,16 +202,21 @@ def test_cuda_on_with_an_old_nvcc_is_refused(tree, tmp_path):
 @pytest.mark.skipif(not HAS_NVCC, reason="no nvcc")
 def test_cuda_kernels_are_built_and_the_module_loads_without_a_driver(tree):
     (tree / "csrc/cuda").mkdir()
-    (tree / "csrc/cuda/op.cu").write_text(
-        "#include <cuda_runtime.h>\n"
-        "__global__ void op_kernel(float* x) { x[threadIdx.x] += 1; }\n"
-        "void op_launch(float* x) { op_kernel<<<1, 32>>>(x); }\n"
-    )
+    for name in ("op", "op_sm90"):
+        (tree / f"csrc/cuda/{name}.cu").write_text(
+            "#include <cuda_runtime.h>\n"
+            f"__global__ void {name}_kernel(float* x) {{ x[threadIdx.x] += 1; }}\n"
+            f"void {name}_launch(float* x) {{ {name}_kernel<<<1, 32>>>(x); }}\n"
+        )
     done = build(tree, FASTATTN_CUDA="on")
     assert done.returncode == 0, done.stdout + done.stderr
     (module,) = tree.glob("fastattn/_C.*.so")
     data = module.read_bytes()
-    assert b"sm_80" in data and b"sm_90a" in data
+    assert {f"sm_{n}".encode() for n in ("80", "90", "90a")} <= set(re.findall(rb"sm_\w+", data))
+    (rules,) = tree.glob("build/temp*/build.ninja")
+    for name, targets in (("op", ["sm_80", "compute_80", "sm_90"]), ("op_sm90", ["sm_90a"])):
+        step = re.search(rf"build cuda/{name}\.o: .*\n  extra = (.*)", rules.read_text())
+        assert re.findall(r"code=(\w+)", step[1]) == targets
     assert b"libcudart.so" not in data and b"libcuda.so.1" in data
     assert run(module.parent, "-c", "import _C").returncode == 0
 
