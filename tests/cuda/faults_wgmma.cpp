@@ -280,6 +280,22 @@ void own_rows_without_fence(const TensorMap& map, float*) {
     wgmma_wait<0>();
 }
 
+// cp.async is no copy of the asynchronous proxy.
+template <bool fault>
+void wgmma_of_cp_async_without_fence(const TensorMap& map, float* x) {
+    load_both(map);
+    for (int i = 0; i < 2; ++i) cp_async_16(tile(2) + 16 * (2 * threadIdx.x + i), x, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (!fault) fence_proxy_async();
+    barrier();
+    float acc[32];
+    wgmma_fence();
+    multiply(acc, 0, 2);
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
 // The rows of B are for all warps.
 template <bool fault>
 void rows_of_other_warps(const TensorMap& map, float*) {
@@ -340,6 +356,7 @@ constexpr Case kCases[] = {
     {FASTATTN_CASE(released_by_one_of_two)},
     {FASTATTN_CASE(store_over_what_wgmma_reads)},
     {FASTATTN_CASE(own_rows_without_fence)},
+    {FASTATTN_CASE(wgmma_of_cp_async_without_fence)},
     {FASTATTN_CASE(rows_of_other_warps)},
     {FASTATTN_CASE(more_registers_than_there_are), 384},
     {FASTATTN_CASE(registers_of_three_warps)},

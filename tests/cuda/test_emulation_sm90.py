@@ -88,6 +88,7 @@ FAULTS_OF_WGMMA = {
     "released_by_one_of_two": rf"tma_load_4d writes .* {READING}|wgmma reads .* {LOADING}",
     "store_over_what_wgmma_reads": rf"st_shared writes .* a wgmma of warpgroup \d {READING}",
     "own_rows_without_fence": rf"wgmma reads .* {UNFENCED}",
+    "wgmma_of_cp_async_without_fence": rf"cp_async_16 of thread 0 wrote .* {UNFENCED}",
     "rows_of_other_warps": rf"wgmma reads byte \d+ .* {RACE}",
     "more_registers_than_there_are": r"deadlock; at registers_up to 240, while 8192 registers",
     "registers_of_three_warps": r"deadlock; at registers_down \(.*\): threads 0-31, 64-127; exited",

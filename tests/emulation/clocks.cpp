@@ -6,8 +6,8 @@ void Clocks::start(int threads) {
     for (const Agent& agent : agents_) beginning_ = std::max(beginning_, agent.now);
     floor_ = beginning_;
     threads_ = threads;
-    agents_.assign(threads, {"", beginning_ + 1, beginning_});
-    fences_.assign(threads, -1);
+    agents_.assign(threads, {"", beginning_ + 1, beginning_, true});
+    generic_.assign(threads, {});
     known_.resize(std::max(known_.size(), size_t(threads)));
     for (int t = 0; t < threads; ++t) known_[t].learn(t, now(t));
 }
@@ -17,6 +17,13 @@ int Clocks::new_agent(std::string name, bool reads) {
     while (reads && agents_.size() % 32 != 0) new_agent("");
     agents_.push_back({std::move(name), beginning_ + 1, beginning_});
     return agents() - 1;
+}
+
+int Clocks::new_generic_agent(int thread, std::string name) {
+    const int agent = new_agent(std::move(name));
+    agents_[agent].generic = true;
+    generic_[thread].push_back(agent);
+    return agent;
 }
 
 void Clocks::synchronize(std::span<const int> threads, const VectorClock& arrived) {
@@ -42,9 +49,17 @@ void Clocks::synchronize_all() {
 }
 
 void Clocks::fence_proxy_async(int thread) {
-    if (fences_[thread] < 0) fences_[thread] = new_agent("fence.proxy.async");
-    known_[thread].learn(fences_[thread], now(thread));
+    show(thread, thread, now(thread));
+    for (const int agent : generic_[thread]) show(thread, agent, known_[thread][agent]);
     set_now(thread, now(thread) + 1);
+}
+
+void Clocks::show(int thread, int writer, Time until) {
+    if (agents_[writer].shown < 0) {
+        const int shown = new_agent("fence_proxy_async");
+        agents_[writer].shown = shown;
+    }
+    known_[thread].learn(agents_[writer].shown, until);
 }
 
 }  // namespace fastattn::emulation

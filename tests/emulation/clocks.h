@@ -65,6 +65,9 @@ class Clocks {
     // A stream of asynchronous operations. Its accesses are stamped now(agent) until advance().
     // `reads`: of shared memory, beside other streams, none of whose reads may be forgotten.
     int new_agent(std::string name, bool reads = false);
+    // One of `thread` whose writes, as its ordinary stores, the asynchronous proxy sees after a
+    // fence.
+    int new_generic_agent(int thread, std::string name);
     const std::string& name(int agent) const { return agents_[agent].name; }
     // Closes the group of operations that is being issued, and returns its time.
     Time advance(int agent) { return agents_[agent].now++; }
@@ -83,20 +86,26 @@ class Clocks {
     // A barrier of all threads of the block.
     void synchronize_all();
 
-    // What the thread has written by ordinary stores until now, it has shown to the asynchronous
-    // proxy.
+    // What the thread has written until now, by ordinary stores or copies that it has waited for,
+    // it has shown to the asynchronous proxy.
     void fence_proxy_async(int thread);
-    // Whether `thread` knows that what `writer` wrote at `time` was shown to that proxy.
-    bool knows_fenced(int thread, int writer, Time time) const {
-        const int fence = fences_[writer];
-        return fence >= 0 && knows(thread, fence, time);
+    // Whether `thread` knows that what `writer` wrote at `time` was shown to that proxy, if it had
+    // to be.
+    bool knows_shown(int thread, int writer, Time time) const {
+        const Agent& agent = agents_[writer];
+        return agent.generic ? agent.shown >= 0 && knows(thread, agent.shown, time)
+                             : knows(thread, writer, time);
     }
 
   private:
     struct Agent {
         std::string name;
         Time now, floor;
+        bool generic = false;  // its writes must be shown
+        int shown = -1;        // the agent whose times say up to when they were, once there is one
     };
+
+    void show(int thread, int writer, Time until);
 
     void set_now(int thread, Time time) {
         agents_[thread].now = time;
@@ -106,8 +115,8 @@ class Clocks {
     int threads_ = 0;
     Time beginning_ = 0, floor_ = 0;
     std::vector<Agent> agents_;
-    std::vector<VectorClock> known_;  // of each thread
-    std::vector<int> fences_;         // of each thread, the agent that stands for its fences, or -1
+    std::vector<VectorClock> known_;         // of each thread
+    std::vector<std::vector<int>> generic_;  // of each thread, such agents but itself
     VectorClock joined_;
 };
 

@@ -16,7 +16,8 @@ struct CopyGroups {
 int copy_groups_of(int thread) {
     int& agent = block().state<CopyGroups>().agents[thread];
     if (agent < 0)
-        agent = block().clocks().new_agent("cp_async_16 of thread " + std::to_string(thread));
+        agent = block().clocks().new_generic_agent(
+            thread, "cp_async_16 of thread " + std::to_string(thread));
     return agent;
 }
 

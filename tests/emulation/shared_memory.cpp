@@ -42,9 +42,8 @@ inline size_t SharedMemory::first_word(SharedAddress address, int bytes, int ali
 
 inline bool SharedMemory::sees(const Access& access, const Write& write) const {
     const Clocks& clocks = block_.clocks();
-    if (access.async_proxy && write.agent < clocks.threads())
-        return clocks.knows_fenced(access.thread, write.agent, write.time);
-    return clocks.knows(access.thread, write.agent, write.time);
+    return access.async_proxy ? clocks.knows_shown(access.thread, write.agent, write.time)
+                              : clocks.knows(access.thread, write.agent, write.time);
 }
 
 // Of reads that no barrier orders, those of one group and one time are kept; an older one of the
@@ -128,13 +127,14 @@ void SharedMemory::fail_overwrite(size_t word, const Access& access) const {
 std::string SharedMemory::who_wrote(const Write& write, const Access& access) const {
     const Clocks& clocks = block_.clocks();
     const std::string where = " (" + Site{write.file, write.line}.str() + ")";
-    if (write.agent >= clocks.threads())
-        return clocks.name(write.agent) + where +
-               " may still be writing: a wait, or a barrier after it, is missing";
-    const std::string writer = "thread " + std::to_string(write.agent) + " wrote" + where;
+    const bool stream = write.agent >= clocks.threads();
+    const std::string who =
+        stream ? clocks.name(write.agent) : "thread " + std::to_string(write.agent);
     if (clocks.knows(access.thread, write.agent, write.time))
-        return writer + " without fence_proxy_async before the barrier";
-    return writer + " with no barrier in between: a race";
+        return who + " wrote" + where + " without fence_proxy_async before the barrier";
+    if (stream)
+        return who + where + " may still be writing: a wait, or a barrier after it, is missing";
+    return who + " wrote" + where + " with no barrier in between: a race";
 }
 
 void SharedMemory::fail_write(size_t word, int reader, const Access& access) const {
