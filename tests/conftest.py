@@ -30,19 +30,23 @@ except ImportError:
 _VARIANTS = ["reference"] + ([f"cpu-{isa}" for isa in _C.isas_available()] if _C else [])
 if importlib.util.find_spec("triton"):
     _VARIANTS.append("triton")
-# On the device if there is one, otherwise on each emulated architecture.
-_CUDA_VARIANTS = []
-if torch.cuda.is_available() and not cuda_backend.device.idle():
-    _CUDA_VARIANTS = ["cuda"]
-elif emulated.missing() is None:
-    _CUDA_VARIANTS = [f"cuda-{architecture}" for architecture in emulated.CAPABILITIES]
+
+
+def _cuda_variants(op):
+    """The device if there is one, otherwise each emulated architecture with kernels of its own."""
+    if not hasattr(cuda_backend, f"{op}_fwd"):
+        return []
+    if torch.cuda.is_available() and not cuda_backend.device.idle():
+        return ["cuda"]
+    if emulated.missing() is not None:
+        return []
+    return [f"cuda-{architecture}" for architecture in emulated.architectures(op)]
 
 
 def pytest_generate_tests(metafunc):
-    """The CUDA backend's variants where it has kernels of the op."""
+    """Every backend, and the CUDA one where it has kernels of the op that a file tests."""
     if "backend" in metafunc.fixturenames:
-        op = metafunc.definition.path.stem.removeprefix("test_")
-        variants = _VARIANTS + _CUDA_VARIANTS * hasattr(cuda_backend, f"{op}_fwd")
+        variants = _VARIANTS + _cuda_variants(metafunc.definition.path.stem.removeprefix("test_"))
         metafunc.parametrize("backend", variants, indirect=True)
 
 
@@ -89,7 +93,5 @@ def _seeded():
 
 def pytest_report_header():
     """Say what the suite runs over."""
-    return (
-        f"fastattn {fastattn.__version__}: {', '.join(_VARIANTS + _CUDA_VARIANTS)}; forced: "
-        + str(dispatch.forced_backend())
-    )
+    variants = ", ".join(_VARIANTS + _cuda_variants("attention"))
+    return f"fastattn {fastattn.__version__}: {variants}; forced: {dispatch.forced_backend()}"

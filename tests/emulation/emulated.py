@@ -30,6 +30,11 @@ def missing() -> str | None:
     return None
 
 
+def architectures(op: str) -> list[str]:
+    """Those that run an op on kernels of their own: what came after sm_80 has sm_80's."""
+    return ["sm80"] + ["sm90"] * any(ROOT.glob(f"csrc/cuda/{op}*_sm90.cu"))
+
+
 @functools.cache
 def module() -> ModuleType:
     """The bindings and kernels, compiled for the host unless that has been done."""
