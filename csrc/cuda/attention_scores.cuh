@@ -42,19 +42,15 @@ FASTATTN_DEVICE int64_t row_offset(const Strides& strides, bool packed, int batc
 // The rows of keys or of values of one sequence and head, in one tensor or in the pages of a cache.
 template <class T>
 struct KeyRows {
+    const AttentionArgs& args;
+    const Strides& strides;
+    int batch;
     const T* begin;  // row 0, or that of page 0
-    int64_t row_stride, page_stride;
-    const int32_t* pages;  // or null
-    int page_size;
 
     FASTATTN_DEVICE KeyRows(const AttentionArgs& a, const void* tensor, const Strides& strides,
                             const Sequence& s, int batch, int head_kv)
-        : begin(static_cast<const T*>(tensor)),
-          row_stride(strides.row),
-          page_stride(strides.batch),
-          pages(a.block_table ? a.block_table + batch * a.block_table_stride : nullptr),
-          page_size(a.page_size) {
-        const bool unbatched = pages || a.cu_seqlens_k;
+        : args(a), strides(strides), batch(batch), begin(static_cast<const T*>(tensor)) {
+        const bool unbatched = a.block_table || a.cu_seqlens_k;
         begin += row_offset(strides, unbatched, batch, head_kv, s.start_k, 0);
     }
 
@@ -62,15 +58,16 @@ struct KeyRows {
     template <int kThreads, class KeyTile>
     FASTATTN_DEVICE void load(const KeyTile& tile, int first_key, int end, int columns,
                               int thread) const {
-        if (!pages) {
-            const T* from = begin + first_key * row_stride;
-            tile.template load<kThreads>(from, row_stride, end - first_key, columns, thread);
+        if (!args.block_table) {
+            const T* from = begin + first_key * strides.row;
+            tile.template load<kThreads>(from, strides.row, end - first_key, columns, thread);
             return;
         }
+        const int32_t* pages = args.block_table + batch * args.block_table_stride;
         const auto row_of = [&](int row) {
-            const unsigned key = min(first_key + row, end - 1), size = page_size;
-            const int64_t page = ld_readonly(pages + key / size);
-            return begin + page * page_stride + key % size * row_stride;
+            const unsigned key = min(first_key + row, end - 1), page_size = args.page_size;
+            const int64_t page = ld_readonly(pages + key / page_size);
+            return begin + page * strides.batch + key % page_size * strides.row;
         };
         tile.template load_rows<kThreads>(row_of, end - first_key, columns, thread);
     }

@@ -187,6 +187,13 @@ FASTATTN_DEVICE float reciprocal_approx(float x) {
     return y;
 }
 
+// x, of which the compiler knows nothing: in a loop, what follows from it is computed again rather
+// than kept in registers.
+FASTATTN_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Of a whole warp.
 template <class T>
 FASTATTN_DEVICE T shuffle_xor(T x, int lane_mask) {

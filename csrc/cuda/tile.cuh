@@ -47,15 +47,16 @@ struct Tile {
     FASTATTN_DEVICE void load_rows(RowOf row_of, int rows, int columns, unsigned thread) const {
         constexpr int kRowsAtOnce = kThreads / kLanes;
         static_assert(kThreads % kLanes == 0 && kRows % kRowsAtOnce == 0);
-        const int lane_row = thread / kLanes, lane_chunk = thread % kLanes;
+        const unsigned lane_row = thread / kLanes, lane_chunk = thread % kLanes;
 #pragma unroll
         for (int i = 0; i < kRows; i += kRowsAtOnce) {
             const char* from =
                 reinterpret_cast<const char*>(row_of(i + lane_row)) + lane_chunk * 16;
 #pragma unroll
             for (int j = 0; j < kColumns / 8; j += kLanes)
-                cp_async_16(lane_at(lane_row, lane_chunk, i, j), from + 16 * j,
-                            i + lane_row < rows && 8 * (j + lane_chunk) < columns);
+                cp_async_16(
+                    lane_at(lane_row, lane_chunk, i, j), from + 16 * j,
+                    int(lane_row) < rows - i && int(16 * lane_chunk) < 2 * columns - 16 * j);
         }
     }
 
@@ -82,21 +83,29 @@ struct Tile {
     //   row by row as the operand is (rows: m of a; n of b, which is to say b transposed),
     //   or `_trans`, with k along the rows: (rows: k; columns: m of a, n of b).
     // `row`, `column`: of the tile, multiples of 16.
-    FASTATTN_DEVICE void fragment_a(uint32_t (&a)[4], int row, int column) const {
-        const int lane = threadIdx.x % 32;
+    FASTATTN_DEVICE void fragment_a(uint32_t (&a)[4], int row, int column,
+                                    unsigned lane = threadIdx.x % 32) const {
         ldmatrix_x4(a, lane_at(lane % 16, lane / 16, row, column / 8));
     }
-    FASTATTN_DEVICE void fragment_a_trans(uint32_t (&a)[4], int row, int column) const {
-        const int lane = threadIdx.x % 32;
+    FASTATTN_DEVICE void fragment_a_trans(uint32_t (&a)[4], int row, int column,
+                                          unsigned lane = threadIdx.x % 32) const {
         ldmatrix_x4_trans(a, lane_at(lane / 16 * 8 + lane % 8, lane / 8 % 2, row, column / 8));
     }
-    FASTATTN_DEVICE void fragment_b(uint32_t (&b)[4], int row, int column) const {
-        const int lane = threadIdx.x % 32;
+    FASTATTN_DEVICE void fragment_b(uint32_t (&b)[4], int row, int column,
+                                    unsigned lane = threadIdx.x % 32) const {
         ldmatrix_x4(b, lane_at(lane / 16 * 8 + lane % 8, lane / 8 % 2, row, column / 8));
     }
-    FASTATTN_DEVICE void fragment_b_trans(uint32_t (&b)[4], int row, int column) const {
-        const int lane = threadIdx.x % 32;
+    FASTATTN_DEVICE void fragment_b_trans(uint32_t (&b)[4], int row, int column,
+                                          unsigned lane = threadIdx.x % 32) const {
         ldmatrix_x4_trans(b, lane_at(lane % 16, lane / 16, row, column / 8));
+    }
+
+    // at(row + lane_row, chunk + lane_chunk), no bit set in both of either pair. What depends on
+    // the lane is the same for all rows and chunks that are multiples of kGroup.
+    FASTATTN_DEVICE SharedAddress lane_at(unsigned lane_row, unsigned lane_chunk, unsigned row,
+                                          unsigned chunk) const {
+        const unsigned lane = within(lane_row, lane_chunk) ^ swizzled(row, chunk);
+        return base + lane + row * kRowBytes + panel(chunk);
     }
 
   private:
@@ -104,20 +113,14 @@ struct Tile {
     static constexpr int kGroup = kColumns % 64 ? 4 : 8;
     static constexpr int kRowBytes = kColumns % 64 ? 2 * kColumns : 128;
 
-    // at(row + lane_row, chunk + lane_chunk), no bit set in both of either pair. What depends on
-    // the lane is the same for all rows and chunks that are multiples of kGroup.
-    FASTATTN_DEVICE SharedAddress lane_at(int lane_row, int lane_chunk, int row, int chunk) const {
-        const int lane = within(lane_row, lane_chunk) ^ swizzled(row, chunk);
-        return base + lane + row * kRowBytes + panel(chunk);
-    }
     // Of a row's panel.
-    static FASTATTN_DEVICE int within(int row, int chunk) {
+    static FASTATTN_DEVICE unsigned within(unsigned row, unsigned chunk) {
         return row * kRowBytes + swizzled(row, chunk);
     }
-    static FASTATTN_DEVICE int swizzled(int row, int chunk) {
+    static FASTATTN_DEVICE unsigned swizzled(unsigned row, unsigned chunk) {
         return ((kColumns % 64 ? row / 2 : row) ^ chunk) % kGroup * 16;
     }
-    static FASTATTN_DEVICE int panel(int chunk) {
+    static FASTATTN_DEVICE unsigned panel(unsigned chunk) {
         return chunk / kGroup * (kColumns % 64 ? 64 : kRows * 128);
     }
 };
