@@ -59,6 +59,9 @@ SIZES = [
     dict(rows=(600,), d_model=40, d_ff=300),
     dict(rows=(50,), d_model=520, d_ff=1030),
     dict(rows=(2, 3, 4), d_model=8, d_ff=8),
+    dict(rows=(9,), d_model=16, d_ff=4096, d_out=24),
+    dict(rows=(300,), d_model=72, d_ff=520, d_out=264),
+    dict(rows=(2200,), d_model=24, d_ff=64, d_out=40),
 ]
 
 
