@@ -166,6 +166,7 @@ void tile_product(const void* a, const void* b, float* d, int rows, int columns)
 FASTATTN_EXPORT void run_ldmatrix(const uint4* matrices, uint4* d, bool transposed) {
     launch(ldmatrix_kernel, 1, 32, 512, nullptr, matrices, d, transposed);
 }
+FASTATTN_EXPORT int64_t take_ldmatrix_conflicts() { return emulation::take_ldmatrix_conflicts(); }
 FASTATTN_EXPORT void run_mma(const void* a, const void* b, const float* c, float* d, bool bf16) {
     if (bf16)
         launch(mma_kernel<bfloat16>, 1, 32, 0, nullptr, static_cast<const bfloat16*>(a),

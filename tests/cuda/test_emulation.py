@@ -106,6 +106,8 @@ def test_ldmatrix(library, transposed):
     found = torch.empty(32, 4, 2, dtype=torch.int16)
     library.run_ldmatrix(pointer(matrices), pointer(found), transposed)
     want = matrices.mT if transposed else matrices
+    # Rows 16 bytes apart share no banks.
+    assert library.take_ldmatrix_conflicts() == 0
     # Lane l holds elements (l / 4, 2 * (l % 4)) and the next of each matrix.
     torch.testing.assert_close(found, want.reshape(4, 32, 2).transpose(0, 1))
 
@@ -210,7 +212,9 @@ def test_tiles_and_fragments(library, form, shape, transposed, rows, columns):
     a = torch.randn((k, m) if transposed[0] else (m, k)).half()
     b = torch.randn((k, n) if transposed[1] else (n, k)).half()
     found = torch.empty(m, n)
+    library.take_ldmatrix_conflicts()
     library.run_tile(pointer(a), pointer(b), pointer(found), rows, columns, form)
+    assert library.take_ldmatrix_conflicts() == 0
     # What lies beyond the matrix counts as zeros.
     for x in (a, b):
         x[rows:] = 0

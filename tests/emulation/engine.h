@@ -41,6 +41,7 @@ struct Payloads {
     Payload* operator[](int i) const { return static_cast<Payload*>(each[i]); }
 };
 
+// One block at a time: its threads, where they meet, and its shared memory.
 class Block {
   public:
     // The thread that runs.

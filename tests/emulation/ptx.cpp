@@ -1,7 +1,8 @@
 #include "emulation/ptx.h"
 
+#include <bit>
 #include <string>
-#include <vector>
+#include <utility>
 
 namespace fastattn::emulation {
 
@@ -12,6 +13,8 @@ struct CopyGroups {
     int agents[kMaxThreads];
     CopyGroups() { std::fill(std::begin(agents), std::end(agents), -1); }
 };
+
+int64_t conflicts = 0;
 
 int copy_groups_of(int thread) {
     int& agent = block().state<CopyGroups>().agents[thread];
@@ -54,12 +57,15 @@ void ldmatrix(uint32_t (&d)[4], SharedAddress row, bool transposed, Site site) {
         const int first = block().thread() / kWarp * kWarp;
         for (int matrix = 0; matrix < 4; ++matrix) {
             uint16_t elements[8][8];
+            unsigned banks = 0;  // a bit for each 16 of the 128 bytes that banks serve at once
             for (int r = 0; r < 8; ++r) {
                 const int lane = 8 * matrix + r;
+                banks |= 1u << lanes[lane]->row / 16 % 8;
                 const Access access = block().access(name, site, first + lane);
                 std::memcpy(elements[r], block().shared().read(lanes[lane]->row, 16, 16, access),
                             16);
             }
+            conflicts += 8 - std::popcount(banks);
             for (int lane = 0; lane < kWarp; ++lane) {
                 const int r = lane / 4, c = 2 * (lane % 4);
                 const uint32_t low = transposed ? elements[c][r] : elements[r][c];
@@ -69,6 +75,8 @@ void ldmatrix(uint32_t (&d)[4], SharedAddress row, bool transposed, Site site) {
         }
     });
 }
+
+int64_t take_ldmatrix_conflicts() { return std::exchange(conflicts, 0); }
 
 namespace {
 

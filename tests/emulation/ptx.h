@@ -19,6 +19,8 @@ void cp_async(SharedAddress to, const void* from, bool valid, Site site);
 void cp_async_commit();
 void cp_async_wait(int pending);
 void ldmatrix(uint32_t (&d)[4], SharedAddress row, bool transposed, Site site);
+// Rows that ldmatrix read from banks which another row of their matrix took, since this was asked.
+int64_t take_ldmatrix_conflicts();
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16, Site site);
 
 // Every lane of the warp gives x and receives that of lane `from`.
