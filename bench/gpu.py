@@ -1,13 +1,15 @@
-"""The Triton kernels beside their rivals on a GPU; `gpu_run.sh` builds, tests and runs it.
+"""The GPU kernels beside their rivals on a GPU; `gpu_run.sh` builds, tests and runs it.
 
-A row is a case and a direction: milliseconds, GB/s or TFLOP/s, each rival's time over fastattn's,
-the share of the bandwidth of a copy (which the run measures itself), the largest error against
-float64 relative to the first rival's, and whether the bars that the project sets itself are
-reached. Times are medians of CUDA events, rivals by turns, the L2 cache flushed before each call.
-Writes everything to --out as JSON, anew after each family: a run may be cut short.
+A row is a backend, a case and a direction; the Triton backend is a rival of the CUDA one as well.
+It has milliseconds, GB/s or TFLOP/s, each rival's time over fastattn's, the share of the bandwidth
+of a copy (which the run measures itself), the largest error against float64 relative to the first
+rival's, and whether the bars that the project sets itself are reached. Times are medians of CUDA
+events, rivals by turns, the L2 cache flushed before each call. Writes everything to --out as JSON,
+anew after each family: a run may be cut short.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,9 +28,11 @@ import torch
 import torch._functorch.config
 
 import fastattn
+from fastattn.backends.cuda import device as cuda_device
 
 ROOT = Path(__file__).parent.parent
 DIRECTIONS = ("forward", "backward", "step")
+CUDA_FAMILIES = ("attention", "decode", "softmax", "ffn")
 
 
 class Clock:
@@ -149,15 +153,32 @@ def peak(call):
     return torch.cuda.max_memory_allocated() - before
 
 
-def labels(case, direction):
-    return {"op": case.op, "case": case.case, "dtype": case.dtype, "direction": direction}
+def labels(backend, case, direction):
+    names = {"backend": backend, "op": case.op, "case": case.case}
+    return names | {"dtype": case.dtype, "direction": direction}
 
 
-def measure(case, direction, clock):
+def on_triton(function):
+    def call(*inputs):
+        with fastattn.use_backend("triton"):
+            return function(*inputs)
+
+    return call
+
+
+def of_backend(case, backend):
+    """The case with that backend's bars, and for the CUDA one with the Triton one as a rival."""
+    if backend == "triton":
+        return case
+    rivals = case.rivals | {"triton": on_triton(case.rivals["fastattn"])}
+    return case._replace(bars=case.cuda_bars, rivals=rivals)
+
+
+def measure(backend, case, direction, clock):
     """One row."""
     found, missing, dout = calls(case, direction)
     seconds = clock.medians(found)
-    row = labels(case, direction)
+    row = labels(backend, case, direction)
     row |= {"seconds": seconds, "missing": missing, "errors": errors(case, direction, found, dout)}
     if case.op == "linear_cross_entropy":
         row["memory"] = {name: peak(call) for name, call in found.items()}
@@ -183,9 +204,9 @@ def measure(case, direction, clock):
 
 def show(row):
     """One line of the table."""
-    name = f"{row['op']} {row['case']} {row['dtype']} {row['direction']}"
+    name = " ".join(row[label] for label in ("backend", "op", "case", "dtype", "direction"))
     if "failed" in row:
-        print(f"{name:66} FAILED {row['failed']}", flush=True)
+        print(f"{name:73} FAILED {row['failed']}", flush=True)
         return
     if row["measures"]:
         rate = row["per_second"] / (1e12 if "flops" in row else 1e9)
@@ -202,7 +223,7 @@ def show(row):
     error = f"error {ours / others[0]:.2f}" if others and others[0] else f"error {ours:.1e}"
     verdict = {True: "", False: "short", None: "" if not bars else "not judged"}[row["reached"]]
     absent = "".join(f" no {name}: {why}" for name, why in row["missing"].items())
-    print(f"{name:66} {numbers} {measures} {error} {verdict}{absent[:120]}", flush=True)
+    print(f"{name:73} {numbers} {measures} {error} {verdict}{absent[:120]}", flush=True)
 
 
 def machine(clock):
@@ -244,6 +265,7 @@ def main():
     )
     families = (*gpu_rows.FAMILIES, "checks")
     parser.add_argument("--ops", nargs="*", choices=families, default=families)
+    parser.add_argument("--backends", nargs="*", choices=("triton", "cuda"), help="default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu.json")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of a rival of a row")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU, no times")
@@ -260,14 +282,15 @@ def main():
     device, sizes = ("cpu", gpu_rows.TINY) if options.dry_run else ("cuda", gpu_rows.FULL)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows, checks = [], []
-    with fastattn.use_backend("triton"):
-        for family in options.ops:
+    backends = options.backends or ["triton"] + ["cuda"] * (not cuda_device.idle())
+    for family, backend in itertools.product(options.ops, backends):
+        with fastattn.use_backend(backend):
             if family == "checks":
-                checks = gpu_checks.run(device, sizes)
-            else:
-                rows += measured(family, device, sizes, clock)
-            contents = {"machine": facts, "rows": rows, "checks": checks}
-            options.out.write_text(json.dumps(contents, indent=1) + "\n")
+                checks += gpu_checks.run(backend, device, sizes)
+            elif backend == "triton" or family in CUDA_FAMILIES:
+                rows += measured(backend, family, device, sizes, clock)
+        contents = {"machine": facts, "rows": rows, "checks": checks}
+        options.out.write_text(json.dumps(contents, indent=1) + "\n")
     failed = sum("failed" in row for row in rows) + sum(row["ok"] is False for row in checks)
     judged = [row["reached"] for row in rows if row["reached"] is not None]
     print(
@@ -276,16 +299,17 @@ def main():
     return 1 if failed else 0
 
 
-def measured(family, device, sizes, clock):
+def measured(backend, family, device, sizes, clock):
     for cases in gpu_rows.FAMILIES[family]:
         for case in cases(device, sizes):
+            case = of_backend(case, backend)
             torch._dynamo.reset()
             for direction in DIRECTIONS:
                 if direction in case.work:
                     try:
-                        row = measure(case, direction, clock)
+                        row = measure(backend, case, direction, clock)
                     except Exception as error:  # the rows that follow are worth their time
-                        row = labels(case, direction) | {"reached": None}
+                        row = labels(backend, case, direction) | {"reached": None}
                         row["failed"] = f"{type(error).__name__}: {error}"[:300]
                     show(row)
                     yield row

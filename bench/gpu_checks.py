@@ -17,7 +17,7 @@ def samples(device, sizes):
     targets = torch.randint(d_ff, (rows,), device=device)
     return {
         "attention": (
-            lambda q, k, v: fastattn.attention(q, k, v, causal=True),
+            lambda q, k, v: fastattn.attention(q, k, v, causal=True, deterministic=True),
             [draw(heads) for _ in "qkv"],
         ),
         "softmax": (fastattn.softmax, [draw(rows, d_ff)]),
@@ -123,12 +123,19 @@ CHECKS = {
 }
 
 
-def run(device, sizes):
-    """Rows of {check, op, ok, detail}; ok is None for what this machine cannot check."""
+def refuses(function, inputs):
+    """Whether the backend in force has no kernel of the call."""
+    return any(choice.backend is None for choice in fastattn.explain(function, *inputs))
+
+
+def run(backend, device, sizes):
+    """Rows of {backend, check, op, ok, detail}; ok is None for what this machine cannot check."""
     rows = []
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     for name, (check, needed) in CHECKS.items():
         for op, (function, inputs) in samples(device, sizes).items():
+            if refuses(function, inputs):
+                continue
             if gpus < needed:
                 ok, detail = None, f"needs {needed} GPU{'s' * (needed > 1)}"
             else:
@@ -136,7 +143,8 @@ def run(device, sizes):
                     ok, detail = check(function, inputs)
                 except Exception as error:
                     ok, detail = False, f"{type(error).__name__}: {error}"[:300]
-            rows.append({"check": name, "op": op, "ok": ok, "detail": detail})
+            row = {"backend": backend, "check": name, "op": op, "ok": ok, "detail": detail}
+            rows.append(row)
             verdict = {True: "ok", False: "FAILED", None: "left out"}[ok]
-            print(f"check {name:10} {op:24} {verdict} {detail}", flush=True)
+            print(f"check {backend:7} {name:10} {op:24} {verdict} {detail}", flush=True)
     return rows

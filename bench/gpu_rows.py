@@ -19,7 +19,8 @@ class Case(NamedTuple):
     """What is compared, in each direction that `work` names.
 
     A direction is "forward", "backward" or "step", both in one call. Bars are the least values of
-    measures: a rival's time over fastattn's, or "of_copy", the share of the bandwidth of a copy.
+    measures: a rival's time over fastattn's, or "of_copy", the share of the bandwidth of a copy;
+    `bars` are the Triton backend's.
     """
 
     op: str
@@ -31,6 +32,7 @@ class Case(NamedTuple):
     work: dict[str, tuple[str, float]]  # "flops" or "bytes", and how many
     bars: dict[str, dict[str, float]] = {}  # noqa: RUF012
     part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # of an input, that `exact` sees
+    cuda_bars: dict[str, dict[str, float]] = {}  # noqa: RUF012
 
 
 class Sizes(NamedTuple):
@@ -76,13 +78,20 @@ ATTENTION_BARS = {"flash": 1.0, "cudnn": 0.75}
 DECODE_BARS = {"of_copy": 0.85}
 ROWS_BARS = {"of_copy": 0.9, "compile": 1.0}
 FFN_BARS = {"eager": 0.95}
+CUDA_ATTENTION_BARS = {"forward": {"cudnn": 0.9}, "backward": {"cudnn": 0.85}}
+CUDA_ATTENTION_SEQLENS = (1024, 4096, 16384)
+CUDA_DECODE_BARS = {"of_copy": 0.9}
+CUDA_ROWS_BARS = {"of_copy": 0.92}
+CUDA_FFN_BARS = {"cublaslt": 1.0}
 LINEAR_CROSS_ENTROPY_BARS = {"eager": 1.0, "memory": 1.5}  # of the eager pair's
 WINDOW = 1023
 
 
 def attention(device: str, sizes: Sizes) -> Iterator[Case]:
     """As in the charts of flash-attention: always as many tokens."""
-    for dtype, head_dim, causal in itertools.product(("bf16", "fp16"), (64, 128), (False, True)):
+    for dtype, head_dim, causal in itertools.product(
+        ("bf16", "fp16"), (64, 128, 256), (False, True)
+    ):
         heads = sizes.hidden // head_dim
         for seqlen in sizes.seqlens:
             batch = sizes.tokens // seqlen
@@ -101,6 +110,7 @@ def attention(device: str, sizes: Sizes) -> Iterator[Case]:
                 {"forward": ("flops", flops), "backward": ("flops", 2.5 * flops)},
                 dict.fromkeys(("forward", "backward"), ATTENTION_BARS) if head_dim == 128 else {},
                 lambda tensor: tensor[:1, :1],
+                CUDA_ATTENTION_BARS if seqlen in CUDA_ATTENTION_SEQLENS else {},
             )
 
 
@@ -201,6 +211,7 @@ def decode(device: str, sizes: Sizes) -> Iterator[Case]:
             {"forward": ("bytes", sum(tensor.nbytes for tensor in inputs))},
             {"forward": DECODE_BARS},
             lambda tensor: tensor[:1],
+            {"forward": CUDA_DECODE_BARS},
         )
 
 
@@ -208,7 +219,8 @@ def softmax(device: str, sizes: Sizes) -> Iterator[Case]:
     for dtype, shape in itertools.product(("bf16", "fp32"), sizes.softmax):
         x = torch.randn(shape, device=device, dtype=DTYPES[dtype])
         eager = partial(torch.softmax, dim=-1)
-        yield rows_case("softmax", dtype, [x], fastattn.softmax, eager, (2, 3), ROWS_BARS)
+        case = rows_case("softmax", dtype, [x], fastattn.softmax, eager, (2, 3), ROWS_BARS)
+        yield case._replace(cuda_bars=dict.fromkeys(case.work, CUDA_ROWS_BARS))
 
 
 def norm(device: str, sizes: Sizes) -> Iterator[Case]:
@@ -268,24 +280,28 @@ def ffn(device: str, sizes: Sizes) -> Iterator[Case]:
     rows, d_model, d_ff = sizes.ffn
 
     def plain(x, w1, b1, w2, b2):
-        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+        return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+    def cublaslt(x, w1, b1, w2, b2):
+        """Bias and activation in the product's epilogue."""
+        return F.linear(torch._addmm_activation(b1, x, w1.T, use_gelu=True), w2, b2)
 
     def gated(x, gate, up, down):
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
     forms = {
         "ffn": (
-            partial(fastattn.ffn, activation="gelu"),
-            plain,
+            partial(fastattn.ffn, activation="gelu_tanh"),
+            {"eager": plain, "cublaslt": cublaslt},
             [(rows, d_model), (d_ff, d_model), (d_ff,), (d_model, d_ff), (d_model,)],
         ),
         "gated_ffn": (
             fastattn.gated_ffn,
-            gated,
+            {"eager": gated},
             [(rows, d_model), (d_ff, d_model), (d_ff, d_model), (d_model, d_ff)],
         ),
     }
-    for dtype, (op, (ours, eager, shapes)) in itertools.product(("bf16", "fp16"), forms.items()):
+    for dtype, (op, (ours, rivals, shapes)) in itertools.product(("bf16", "fp16"), forms.items()):
         inputs = [
             (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(DTYPES[dtype])
             for shape in shapes
@@ -296,10 +312,11 @@ def ffn(device: str, sizes: Sizes) -> Iterator[Case]:
             f"{rows} x {d_model} x {d_ff}",
             dtype,
             inputs,
-            {"fastattn": ours, "eager": eager},
-            eager,
+            {"fastattn": ours, **rivals},
+            rivals["eager"],
             {"forward": ("flops", flops), "backward": ("flops", 2 * flops)},
             dict.fromkeys(("forward", "backward"), FFN_BARS),
+            cuda_bars={"forward": CUDA_FFN_BARS} if "cublaslt" in rivals else {},
         )
 
 

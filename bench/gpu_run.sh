@@ -2,6 +2,7 @@
 # What there is to do on a machine with a GPU, in stages of some minutes:
 #   bench/gpu_run.sh build
 #   bench/gpu_run.sh test [pytest's arguments]     by default every op's tests and the kernels' own
+#   bench/gpu_run.sh sanitize [memcheck or racecheck]     the CUDA kernels under compute-sanitizer
 #   bench/gpu_run.sh bench [gpu.py's options]
 #   bench/gpu_run.sh all
 # Results go to $OUT, by default bench/results/gpu. It needs torch with CUDA, triton, pytest,
@@ -32,7 +33,7 @@ run_tests() {
         (cd tests && "$python" -m pytest -q "${parallel[@]}" "$@") 2>&1 | tail -n 100
     }
     {
-        pytest "${@:-ops}" -k triton --junitxml="$reports/ops.xml" || status=1
+        pytest "${@:-ops}" -k "triton or cuda" --junitxml="$reports/ops.xml" || status=1
         [ $# -gt 0 ] || pytest kernels --junitxml="$reports/kernels.xml" || status=1
     } > "$out/tests.txt"
     tail -n 40 "$out/tests.txt"
@@ -58,6 +59,23 @@ print(json.dumps({"counts": counts, "failures": failures}, indent=1))
 END
 }
 
+# Without torch's cache of memory, whose blocks are larger than what was asked for.
+sanitize() {
+    local tool status=0
+    command -v compute-sanitizer > /dev/null || {
+        echo "gpu_run.sh: compute-sanitizer is not on PATH: left out"
+        return 0
+    }
+    [ $# -gt 0 ] || set -- memcheck racecheck
+    for tool; do
+        (cd tests && PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+            --error-exitcode 1 "$python" -m pytest -q ops -k "cuda and (packed or paged or band \
+            or activations or dropout)") > "$out/$tool.txt" 2>&1 || status=1
+        tail -n 20 "$out/$tool.txt"
+    done
+    return "$status"
+}
+
 bench() {
     (cd bench && PYTHONUNBUFFERED=1 "$python" gpu.py --out "$out/bench.json" "$@") 2>&1 |
         tee "$out/bench.txt"
@@ -66,7 +84,7 @@ bench() {
 stage=${1:-}
 shift $(($# > 0))
 case $stage in
-    build | test | bench | all) require_gpu ;;
+    build | test | sanitize | bench | all) require_gpu ;;
     *)
         sed -n '2,/^set/{/^#/p}' "$0" >&2
         exit 2
@@ -76,11 +94,13 @@ mkdir -p "$out"
 case $stage in
     build) build ;;
     test) run_tests "$@" ;;
+    sanitize) sanitize "$@" ;;
     bench) bench "$@" ;;
     all)
         failed=0
         build
         run_tests || failed=1
+        sanitize || failed=1
         bench || failed=1
         exit "$failed"
         ;;

@@ -76,7 +76,8 @@ def attention(
         block_table: int32 ``(batch, max_pages)``, the pages of each sequence's cache; needs
             `seqlens_k`.
         return_lse: return ``(out, lse)``.
-        deterministic: also across thread counts and batch sizes; always so for equal calls.
+        deterministic: the same bits also across thread counts and batch sizes. Equal calls always
+            give them, but for the gradient of q of the CUDA backend, which needs it for that.
 
     Returns:
         out ``(batch, heads, seqlen_q, head_dim_v)`` in the dtype of `q`, stored with heads inside
