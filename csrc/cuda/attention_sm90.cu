@@ -35,8 +35,8 @@ struct Config {
     static constexpr bool kFeatured = featured, kDropout = featured && head_dim <= 128;
     static constexpr int kThreads = kWarpgroup * (1 + consumers);
     // A multiprocessor has 512 registers for one thread of every warpgroup.
-    static constexpr int kProducerRegisters = consumers == 2 ? 24 : 32;
-    static constexpr int kConsumerRegisters = consumers == 2 ? 240 : 160;
+    static constexpr int kProducerRegisters = consumers == 2 ? 40 : 32;
+    static constexpr int kConsumerRegisters = consumers == 2 ? 232 : 160;
     // Consumers take turns at starting products, so that one's softmax meets another's products;
     // those of wide heads are long enough without.
     static constexpr bool kTurns = head_dim <= 128;
@@ -51,22 +51,27 @@ struct Config {
 };
 
 // A block's tiles in shared memory, in panels of 64 columns, and the barriers of each: `full` when
-// the copy has landed, `empty` when all warps of the consumers have read it.
+// the copy has landed, `empty` when all warps of the consumers have read it. `n` counts the blocks
+// of keys since the kernel began; they take the stages in turn.
 template <class C>
 struct Shared {
     SharedAddress base;
 
     FASTATTN_DEVICE SharedAddress q() const { return base; }  // (kBlockM, kHeadDim)
-    FASTATTN_DEVICE SharedAddress k(int stage) const {        // (kBlockN, kHeadDim)
-        return base + C::kBytesQ + stage * C::kBytesK;
+    FASTATTN_DEVICE SharedAddress k(unsigned n) const {       // (kBlockN, kHeadDim)
+        return base + C::kBytesQ + n % C::kStages * C::kBytesK;
     }
-    FASTATTN_DEVICE SharedAddress v(int stage) const {  // (kBlockN, kHeadDimV)
-        return base + C::kBytesQ + C::kStages * C::kBytesK + stage * C::kBytesV;
+    FASTATTN_DEVICE SharedAddress v(unsigned n) const {  // (kBlockN, kHeadDimV)
+        return base + C::kBytesQ + C::kStages * C::kBytesK + n % C::kStages * C::kBytesV;
     }
     FASTATTN_DEVICE SharedAddress q_full() const { return base + C::kBarriersAt; }
-    FASTATTN_DEVICE SharedAddress k_full(int stage) const { return q_full() + 16 + 32 * stage; }
-    FASTATTN_DEVICE SharedAddress v_full(int stage) const { return k_full(stage) + 16; }
+    FASTATTN_DEVICE SharedAddress k_full(unsigned n) const {
+        return q_full() + 16 + 32 * (n % C::kStages);
+    }
+    FASTATTN_DEVICE SharedAddress v_full(unsigned n) const { return k_full(n) + 16; }
     static FASTATTN_DEVICE SharedAddress empty(SharedAddress full) { return full + 8; }
+    // Of the phase in which stages hold block n.
+    static FASTATTN_DEVICE uint32_t parity(unsigned n) { return n / C::kStages % 2; }
 
     FASTATTN_DEVICE void init_barriers() const {
         for (int tile = 0; tile < 1 + 2 * C::kStages; ++tile) {
@@ -75,17 +80,6 @@ struct Shared {
             mbarrier_init(empty(full), 4 * C::kConsumers);
         }
         fence_mbarrier_init();
-    }
-};
-
-// A place in a ring of stages, and the parity of its phase.
-template <int kStages>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    FASTATTN_DEVICE void next() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
     }
 };
 
@@ -105,42 +99,39 @@ template <class C>
 FASTATTN_DEVICE void produce(const AttentionArgs& args, const Schedule& schedule, Shared<C> shared,
                              const TensorMap* q_map, const TensorMap* k_map,
                              const TensorMap* v_map) {
-    const int group_size = args.heads / args.heads_kv;
-    Ring<1> q;
-    Ring<C::kStages> k, v;
-    for (int round = 0, tile; (tile = tile_of_round(round)) < schedule.tiles; ++round) {
-        const Work w = work_of<C::kBlockM, C::kBlockN>(args, schedule, tile);
+    unsigned n = 0, tiles = 0;
+    for (int step = 0;; ++step) {
+        const Place place = place_of(schedule, step);
+        if (place.head < 0) return;
+        const Work w = work_at<C::kBlockM, C::kBlockN>(args, place);
         if (w.blocks.begin == w.blocks.end) continue;
-        const int head_kv = w.head / group_size, batch_kv = args.cu_seqlens_k ? 0 : w.batch;
-        const auto copy_keys = [&](int block) {
-            const SharedAddress full = shared.k_full(k.stage);
-            mbarrier_wait(shared.empty(full), k.parity ^ 1);
-            copy_tile<C::kBlockN, C::kHeadDim>(shared.k(k.stage), k_map, full,
-                                               int(w.sequence.start_k) + block * C::kBlockN,
-                                               head_kv, batch_kv);
-            k.next();
+        const int head_kv = w.head / (args.heads / args.heads_kv);
+        const int batch_kv = args.cu_seqlens_k ? 0 : w.batch, first_key = int(w.sequence.start_k);
+        const auto copy_keys = [&](int block, unsigned n) {
+            const SharedAddress full = shared.k_full(n);
+            mbarrier_wait(shared.empty(full), shared.parity(n) ^ 1);
+            copy_tile<C::kBlockN, C::kHeadDim>(shared.k(n), k_map, full,
+                                               first_key + block * C::kBlockN, head_kv, batch_kv);
         };
-        const auto copy_values = [&](int block) {
-            const SharedAddress full = shared.v_full(v.stage);
-            mbarrier_wait(shared.empty(full), v.parity ^ 1);
-            copy_tile<C::kBlockN, C::kHeadDimV>(shared.v(v.stage), v_map, full,
-                                                int(w.sequence.start_k) + block * C::kBlockN,
-                                                head_kv, batch_kv);
-            v.next();
+        const auto copy_values = [&](int block, unsigned n) {
+            const SharedAddress full = shared.v_full(n);
+            mbarrier_wait(shared.empty(full), shared.parity(n) ^ 1);
+            copy_tile<C::kBlockN, C::kHeadDimV>(shared.v(n), v_map, full,
+                                                first_key + block * C::kBlockN, head_kv, batch_kv);
         };
 
         int block = w.blocks.end - 1;
-        copy_keys(block);
-        mbarrier_wait(shared.empty(shared.q_full()), q.parity ^ 1);
+        copy_keys(block, n);
+        mbarrier_wait(shared.empty(shared.q_full()), tiles++ % 2 ^ 1);
         copy_tile<C::kBlockM, C::kHeadDim>(shared.q(), q_map, shared.q_full(),
                                            int(w.sequence.start_q) + w.first_row, w.head,
                                            args.cu_seqlens_q ? 0 : w.batch);
-        q.next();
-        for (; block > w.blocks.begin; --block) {
-            copy_keys(block - 1);
-            copy_values(block);
+#pragma unroll 1
+        for (; block > w.blocks.begin; --block, ++n) {
+            copy_keys(block - 1, n + 1);
+            copy_values(block, n);
         }
-        copy_values(block);
+        copy_values(block, n++);
     }
 }
 
@@ -265,8 +256,7 @@ FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& sched
                              Shared<C> shared, int index) {
     const float factor = C::kFeatured ? 1.0f : args.softmax_scale * kLog2E;
     const SharedAddress q_rows = shared.q() + index * 64 * 128;
-    Ring<1> q;
-    Ring<C::kStages> k, v;
+    unsigned n = 0, tiles = 0;
     const auto release = [&](SharedAddress full) {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.empty(full));
     };
@@ -279,8 +269,9 @@ FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& sched
     };
     if (index == C::kConsumers - 1) end_turn();
 
-    for (int round = 0, tile; (tile = tile_of_round(round)) < schedule.tiles; ++round) {
-        const Work w = work_of<C::kBlockM, C::kBlockN>(args, schedule, tile);
+    Place place = place_of(schedule, 0);
+    for (int step = 1; place.head >= 0; ++step) {
+        const Work w = work_at<C::kBlockM, C::kBlockN>(args, place);
         const int first_row = w.first_row + 64 * index;
         const int row = first_row + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
         const Range all_see = keys_seen_by_all(args, w.sequence, first_row, first_row + 63);
@@ -313,60 +304,56 @@ FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& sched
 
         if (w.blocks.begin < w.blocks.end) {
             int block = w.blocks.end - 1;
-            mbarrier_wait(shared.q_full(), q.parity);
-            mbarrier_wait(shared.k_full(k.stage), k.parity);
+            mbarrier_wait(shared.q_full(), tiles++ % 2);
+            mbarrier_wait(shared.k_full(n), shared.parity(n));
             wgmma_fence();
-            multiply_keys<C>(scores, q_rows, shared.k(k.stage));
+            multiply_keys<C>(scores, q_rows, shared.k(n));
             wgmma_wait<0>();
             wgmma_landed(flat(scores));
-            release(shared.k_full(k.stage));
-            k.next();
+            release(shared.k_full(n));
             weigh(block);
             const int keys_left = w.sequence.seqlen_k - block * C::kBlockN;
             if ((args.cu_seqlens_k || args.seqlens_k) && keys_left < C::kBlockN) {
-                mbarrier_wait(shared.v_full(v.stage), v.parity);
-                clear_values<C>(shared.v(v.stage), keys_left);
+                mbarrier_wait(shared.v_full(n), shared.parity(n));
+                clear_values<C>(shared.v(n), keys_left);
             }
             // The scores of a block beside the results of the one before. The wait for the results
             // begins the loop because within a basic block ptxas moves it above the softmax.
             for (bool first = true;; first = false) {
                 wgmma_wait<0>();
                 wgmma_landed(flat(acc));
-                if (!first) {
-                    release(shared.v_full(v.stage));
-                    v.next();
-                }
+                if (!first) release(shared.v_full(n++));
 #pragma unroll
-                for (int step = 0; step < C::kBlockN / 16; ++step)
-                    weights_fragment<typename C::T>(p[step], scores, step);
+                for (int i = 0; i < C::kBlockN / 16; ++i)
+                    weights_fragment<typename C::T>(p[i], scores, i);
                 if (!C::kRescaleLate) multiply_rows(acc, rows.rescale);
                 if (block == w.blocks.begin) break;
                 --block;
-                mbarrier_wait(shared.k_full(k.stage), k.parity);
+                mbarrier_wait(shared.k_full(n + 1), shared.parity(n + 1));
                 await_turn();
                 wgmma_fence();
-                multiply_keys<C>(scores, q_rows, shared.k(k.stage));
+                multiply_keys<C>(scores, q_rows, shared.k(n + 1));
                 if (C::kRescaleLate) multiply_rows(acc, rows.rescale);
-                mbarrier_wait(shared.v_full(v.stage), v.parity);
+                mbarrier_wait(shared.v_full(n), shared.parity(n));
                 wgmma_fence();
-                multiply_values<C>(acc, p, shared.v(v.stage));
+                multiply_values<C>(acc, p, shared.v(n));
                 end_turn();
                 wgmma_wait<1>();
                 wgmma_landed(flat(scores));
-                release(shared.k_full(k.stage));
-                k.next();
+                release(shared.k_full(n + 1));
                 weigh(block);
             }
             release(shared.q_full());
-            q.next();
             if (C::kRescaleLate) multiply_rows(acc, rows.rescale);
-            mbarrier_wait(shared.v_full(v.stage), v.parity);
+            mbarrier_wait(shared.v_full(n), shared.parity(n));
             wgmma_fence();
-            multiply_values<C>(acc, p, shared.v(v.stage));
+            multiply_values<C>(acc, p, shared.v(n));
+            place = place_of(schedule, step);
             wgmma_wait<0>();
             wgmma_landed(flat(acc));
-            release(shared.v_full(v.stage));
-            v.next();
+            release(shared.v_full(n++));
+        } else {
+            place = place_of(schedule, step);
         }
         write_rows<C>(args, w, acc, rows, row, factor);
     }
@@ -418,15 +405,14 @@ TensorMap map_of(const void* tensor, const Strides& strides, int batch, int head
 
 template <class C>
 void launch_fwd(const AttentionFwdArgs& args) {
-    const Schedule schedule = schedule_of(args, C::kBlockM);
-    if (schedule.tiles == 0) return;
+    const Schedule schedule = schedule_of(args, C::kBlockM, current_device().processors);
+    if (schedule.grid == 0) return;
     const auto keys_map = [&](const void* tensor, const Strides& strides, int head_dim) {
         return map_of<typename C::T>(tensor, strides, args.batch, args.heads_kv, args.seqlen_k,
                                      head_dim, args.cu_seqlens_k, args.total_k, C::kBlockN);
     };
-    launch(attention_fwd_kernel<C>,
-           dim3(unsigned(std::min(schedule.tiles, current_device().processors))), C::kThreads,
-           C::kShared, args.stream, args, schedule,
+    launch(attention_fwd_kernel<C>, dim3(schedule.grid), C::kThreads, C::kShared, args.stream, args,
+           schedule,
            map_of<typename C::T>(args.q, args.q_strides, args.batch, args.heads, args.seqlen_q,
                                  args.head_dim, args.cu_seqlens_q, args.total_q, C::kBlockM),
            keys_map(args.k, args.k_strides, args.head_dim),
