@@ -11,15 +11,12 @@
 #include <cmath>
 
 #include "cuda/attention_schedule.cuh"
+#include "cuda/attention_sm90.cuh"
 #include "cuda/attention_softmax.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/wgmma.cuh"
 
 namespace fastattn::cuda {
 namespace {
-
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kPanel = 64;       // columns of a tile's panels, whose rows are 128 bytes
 
 // Numbers of named barriers: one for the turn of each consumer, one for all consumers.
 constexpr int kTurnBarrier = 1, kConsumersBarrier = 4;
@@ -83,16 +80,6 @@ struct Shared {
     }
 };
 
-// One thread copies kColumns columns of kRows rows, from `row` on, of a head.
-template <int kRows, int kColumns>
-FASTATTN_DEVICE void copy_tile(SharedAddress to, const TensorMap* map, SharedAddress full, int row,
-                               int head, int batch) {
-    mbarrier_arrive_expect(full, kRows * kColumns * 2);
-#pragma unroll
-    for (int panel = 0; panel < kColumns / kPanel; ++panel)
-        tma_load_4d(to + panel * kRows * 128, map, full, panel * kPanel, row, head, batch);
-}
-
 // One thread copies what the consumers read, in their order: the keys of a block before the values
 // of the one that precedes it.
 template <class C>
@@ -133,12 +120,6 @@ FASTATTN_DEVICE void produce(const AttentionArgs& args, const Schedule& schedule
         }
         copy_values(block, n++);
     }
-}
-
-// The accumulators of wgmma, tile by tile of 8 columns, as it takes them.
-template <int kTiles>
-FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
-    return reinterpret_cast<float (&)[4 * kTiles]>(tiles);
 }
 
 // scores (64, kBlockN) = q (64, kHeadDim) k^T, asynchronously.
@@ -386,23 +367,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
 }
 
-// A tensor (batch, heads, seqlen, head_dim), of which a copy moves `rows` rows of a panel. Packed
-// sequences are one, of `total` rows.
-template <class T>
-TensorMap map_of(const void* tensor, const Strides& strides, int batch, int heads, int seqlen,
-                 int head_dim, bool packed, int total, int rows) {
-    if (packed) batch = 1, seqlen = total;
-    // The stride of a dim of size 1 may be anything.
-    const auto stride_of = [](int64_t stride, int size) { return size == 1 ? 8 : stride; };
-    return make_tensor_map({same<T, bfloat16> ? Element::bfloat16 : Element::float16,
-                            tensor,
-                            {head_dim, seqlen, heads, batch},
-                            {1, stride_of(strides.row, seqlen), stride_of(strides.head, heads),
-                             stride_of(strides.batch, batch)},
-                            {kPanel, rows, 1, 1},
-                            true});
-}
-
 template <class C>
 void launch_fwd(const AttentionFwdArgs& args) {
     const Schedule schedule = schedule_of(args, C::kBlockM, current_device().processors);
@@ -442,24 +406,18 @@ void launch_fwd_of(const AttentionFwdArgs& args) {
     launch_fwd<Config<T, 256, 256, 2, 80, false>>(args);
 }
 
-// Of a dim, as copies take it. Those that repeat a row (stride 0) are left to other kernels.
-bool repeats(const Strides& strides, int batch, int heads, int seqlen) {
-    return (batch > 1 && strides.batch == 0) || (heads > 1 && strides.head == 0) ||
-           (seqlen > 1 && strides.row == 0);
-}
-
 }  // namespace
 
 bool attention_fwd_sm90_takes(const AttentionFwdArgs& args) {
-    const int head_dim = std::max(args.head_dim, args.head_dim_v);
-    const int batch_q = args.cu_seqlens_q ? 1 : args.batch;
-    const int batch_k = args.cu_seqlens_k ? 1 : args.batch;
-    const int rows_k = args.cu_seqlens_k ? args.total_k : args.seqlen_k;
+    const auto keys_mappable = [&](const Strides& strides) {
+        return mappable(strides, args.batch, args.heads_kv, args.seqlen_k, args.cu_seqlens_k,
+                        args.total_k);
+    };
     return current_device().capability == 90 && args.splits <= 1 && !args.block_table &&
-           rows_k > 0 && (!args.seed || head_dim <= 128) &&
-           !repeats(args.q_strides, batch_q, args.heads, args.seqlen_q) &&
-           !repeats(args.k_strides, batch_k, args.heads_kv, rows_k) &&
-           !repeats(args.v_strides, batch_k, args.heads_kv, rows_k);
+           (!args.seed || std::max(args.head_dim, args.head_dim_v) <= 128) &&
+           mappable(args.q_strides, args.batch, args.heads, args.seqlen_q, args.cu_seqlens_q,
+                    args.total_q) &&
+           keys_mappable(args.k_strides) && keys_mappable(args.v_strides);
 }
 
 void attention_fwd_sm90(const AttentionFwdArgs& args) {
