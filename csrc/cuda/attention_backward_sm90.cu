@@ -1,0 +1,534 @@
+// The gradients of attention for sm_90a, as FlashAttention-3's backward (Shah et al. 2024, arXiv
+// 2407.08608): dq, dk, dv from q, k, v, dout, lse, delta, of head_dim 64 and 128.
+//
+// A block owns 128 keys of one head of k and v, and walks the blocks of queries that see them, of
+// one after the other of the heads that share it. Its two consumer warpgroups own 64 keys each:
+// their scores are transposed, (keys, queries), so that p and ds go from registers into the
+// products of dv and dk, which stay in registers. Only dq needs ds of both: it goes through shared
+// memory, and what the copy engine adds to a float32 scratch comes from there. Of the producer
+// warpgroup one warp copies q and dout, one lse and delta, one hands dq on. 10 * head_dim flops a
+// score.
+#include <algorithm>
+
+#include "cuda/attention_dq.cuh"
+#include "cuda/attention_softmax.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace fastattn::cuda {
+namespace {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kPanel = 64;  // columns of a tile's panels, whose rows are 128 bytes
+constexpr int kConsumersBarrier = 1;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+// head_dim is at least the call's head_dim and head_dim_v; copies fill up with zeros.
+template <class Element, int head_dim, int block_m>
+struct Config {
+    using T = Element;
+    static constexpr int kHeadDim = head_dim, kBlockM = block_m, kBlockN = 64 * kConsumers;
+    static constexpr int kStages = 2;
+    // Of dq, consumers have 64 rows each where there are 128, else 64 columns each.
+    static constexpr bool kDqByRows = block_m == 128;
+    static_assert(kDqByRows ? head_dim == 64 : head_dim == 128);
+};
+
+// A block's tiles in shared memory, in panels of 64 columns, and its barriers. A stage is `empty`
+// when all warps of the consumers have read its queries.
+template <class C>
+struct Shared {
+    using Weights = Tile<C::kBlockN, C::kBlockM>;
+    static constexpr int kBytesK = C::kBlockN * C::kHeadDim * 2;
+    static constexpr int kBytesQ = C::kBlockM * C::kHeadDim * 2, kBytesDq = 2 * kBytesQ;
+    static constexpr int kStatistics = 2 * 4 * C::kBlockM;
+    static constexpr int kQAt = 2 * kBytesK, kDsAt = kQAt + C::kStages * 2 * kBytesQ;
+    static constexpr int kDqAt = kDsAt + 2 * Weights::kBytes, kStatisticsAt = kDqAt + kBytesDq;
+    static constexpr int kBarriersAt = kStatisticsAt + C::kStages * kStatistics;
+    static constexpr int kBytes = kBarriersAt + 8 * (3 + 4 * C::kStages);
+    static_assert(kBytes <= 227 * 1024);
+
+    SharedAddress base;
+
+    FASTATTN_DEVICE SharedAddress k() const { return base; }            // (kBlockN, kHeadDim)
+    FASTATTN_DEVICE SharedAddress v() const { return base + kBytesK; }  // (kBlockN, kHeadDim)
+    FASTATTN_DEVICE SharedAddress q(int stage) const {                  // (kBlockM, kHeadDim)
+        return base + kQAt + stage * 2 * kBytesQ;
+    }
+    FASTATTN_DEVICE SharedAddress dout(int stage) const {  // (kBlockM, kHeadDim)
+        return q(stage) + kBytesQ;
+    }
+    // ds of this step and of the one before, transposed: (kBlockN, kBlockM).
+    FASTATTN_DEVICE Weights ds(int parity) const {
+        return {base + kDsAt + parity * Weights::kBytes};
+    }
+    // (kBlockM, kHeadDim), float32, as DqSum has it.
+    FASTATTN_DEVICE SharedAddress dq() const { return base + kDqAt; }
+    // lse in units of log2, then delta: (kBlockM,) each.
+    FASTATTN_DEVICE SharedAddress lse(int stage) const {
+        return base + kStatisticsAt + stage * kStatistics;
+    }
+    FASTATTN_DEVICE SharedAddress delta(int stage) const { return lse(stage) + 4 * C::kBlockM; }
+
+    FASTATTN_DEVICE SharedAddress kv_full() const { return base + kBarriersAt; }
+    FASTATTN_DEVICE SharedAddress dq_full() const { return kv_full() + 8; }
+    FASTATTN_DEVICE SharedAddress dq_empty() const { return kv_full() + 16; }
+    FASTATTN_DEVICE SharedAddress q_full(int stage) const { return kv_full() + 24 + 32 * stage; }
+    FASTATTN_DEVICE SharedAddress dout_full(int stage) const { return q_full(stage) + 8; }
+    FASTATTN_DEVICE SharedAddress statistics_full(int stage) const { return q_full(stage) + 16; }
+    FASTATTN_DEVICE SharedAddress empty(int stage) const { return q_full(stage) + 24; }
+
+    FASTATTN_DEVICE void init_barriers() const {
+        mbarrier_init(kv_full(), 2);
+        mbarrier_init(dq_full(), 4 * kConsumers);
+        mbarrier_init(dq_empty(), 1);
+        for (int stage = 0; stage < C::kStages; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(dout_full(stage), 1);
+            mbarrier_init(statistics_full(stage), 1);
+            mbarrier_init(empty(stage), 4 * kConsumers);
+        }
+        fence_mbarrier_init();
+    }
+};
+
+// The keys that a block owns, and the queries that see them.
+struct Own {
+    int batch, head_kv, first_key, rows_k;  // rows_k: from first_key on, of dk and dv
+    Sequence sequence;
+    Range rows, rows_of_all;  // of the queries that see some key, and each
+};
+
+template <class C>
+FASTATTN_DEVICE Own own_keys(const AttentionArgs& a, unsigned block) {
+    const unsigned blocks = (a.seqlen_k + C::kBlockN - 1) / C::kBlockN;
+    Own own;
+    own.head_kv = block / blocks % a.heads_kv, own.batch = block / blocks / a.heads_kv;
+    own.first_key = block % blocks * C::kBlockN;
+    const Sequence s = sequence_of(a, own.batch);
+    own.sequence = s;
+    // Keys behind a sequence's length get zeros, unless packed.
+    own.rows_k = (a.cu_seqlens_k ? s.seqlen_k : a.seqlen_k) - own.first_key;
+    const int last_key = min(own.first_key + C::kBlockN, s.seqlen_k) - 1;
+    own.rows = queries_seeing(a, s, own.first_key, last_key);
+    if (own.first_key > last_key || own.rows.begin >= own.rows.end) own.rows = {0, 0};
+    own.rows.begin = own.rows.begin / C::kBlockM * C::kBlockM;
+    own.rows_of_all = queries_seeing_all(a, s, own.first_key, last_key);
+    if (last_key < own.first_key + C::kBlockN - 1) own.rows_of_all = {0, 0};
+    return own;
+}
+
+// Calls f(head, first_row, stage, parity) for each block of queries, in the order that all keep;
+// parity is that of the stage's phase.
+template <class C, class F>
+FASTATTN_DEVICE void each_step(const AttentionArgs& a, const Own& own, F f) {
+    const int group_size = a.heads / a.heads_kv;
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int head = own.head_kv * group_size; head < (own.head_kv + 1) * group_size; ++head)
+#pragma unroll 1
+        for (int row = own.rows.begin; row < own.rows.end; row += C::kBlockM) {
+            f(head, row, stage, parity);
+            if (++stage == C::kStages) stage = 0, parity ^= 1;
+        }
+}
+
+// One thread copies kColumns columns of kRows rows, from `row` on, of a head.
+template <int kRows, int kColumns>
+FASTATTN_DEVICE void copy_tile(SharedAddress to, const TensorMap* map, SharedAddress full, int row,
+                               int head, int batch) {
+    mbarrier_arrive_expect(full, kRows * kColumns * 2);
+#pragma unroll
+    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+        tma_load_4d(to + panel * kRows * 128, map, full, panel * kPanel, row, head, batch);
+}
+
+struct Maps {
+    TensorMap q, k, v, dout;
+};
+
+// One thread copies the keys and values, then queries and the gradients of their results.
+template <class C>
+FASTATTN_DEVICE void copy_operands(const AttentionArgs& a, const Own& own, Shared<C> shared,
+                                   const Maps& maps) {
+    if (own.rows.begin >= own.rows.end) return;
+    const int key = int(own.sequence.start_k) + own.first_key;
+    const int batch_k = a.cu_seqlens_k ? 0 : own.batch, batch_q = a.cu_seqlens_q ? 0 : own.batch;
+    copy_tile<C::kBlockN, C::kHeadDim>(shared.k(), &maps.k, shared.kv_full(), key, own.head_kv,
+                                       batch_k);
+    copy_tile<C::kBlockN, C::kHeadDim>(shared.v(), &maps.v, shared.kv_full(), key, own.head_kv,
+                                       batch_k);
+    each_step<C>(a, own, [&](int head, int first_row, int stage, uint32_t parity) {
+        const int row = int(own.sequence.start_q) + first_row;
+        mbarrier_wait(shared.empty(stage), parity ^ 1);
+        copy_tile<C::kBlockM, C::kHeadDim>(shared.q(stage), &maps.q, shared.q_full(stage), row,
+                                           head, batch_q);
+        copy_tile<C::kBlockM, C::kHeadDim>(shared.dout(stage), &maps.dout, shared.dout_full(stage),
+                                           row, head, batch_q);
+    });
+}
+
+// A warp copies lse and delta. Weights are 0 where lse is +inf: in rows that see no key, and
+// outside.
+template <class C>
+FASTATTN_DEVICE void copy_statistics(const AttentionBwdArgs& a, const Own& own, Shared<C> shared) {
+    each_step<C>(a, own, [&](int head, int first_row, int stage, uint32_t parity) {
+        // Addresses follow from the lane anew each time, or they would take too many registers.
+        const int lane = opaque(threadIdx.x % 32);
+        const int64_t at = (a.cu_seqlens_q ? 0 : own.batch * a.lse_batch_stride) +
+                           head * a.lse_head_stride + own.sequence.start_q + first_row + lane;
+        const float *row_lse = a.lse + at, *row_delta = a.delta + at;
+        const int rows = own.sequence.seqlen_q - first_row - lane;
+        mbarrier_wait(shared.empty(stage), parity ^ 1);
+        const SharedAddress to = shared.lse(stage) + 4 * lane;
+#pragma unroll 1
+        for (int i = 0; i < C::kBlockM; i += 32) {
+            float lse = INFINITY, delta = 0.0f;
+            if (i < rows) {
+                lse = ld_readonly(row_lse + i) * kLog2E, delta = ld_readonly(row_delta + i);
+                if (lse == -INFINITY) lse = INFINITY;
+            }
+            st_shared(to + 4 * i, lse);
+            st_shared(to + 4 * (C::kBlockM + i), delta);
+        }
+        warp_sync();
+        if (lane == 0) mbarrier_arrive(shared.statistics_full(stage));
+    });
+}
+
+// One thread has the copy engine add each block of dq to the scratch.
+template <class C>
+FASTATTN_DEVICE void add_dq(const AttentionBwdArgs& a, const Own& own, Shared<C> shared,
+                            const DqSum& dq_sum) {
+    uint32_t parity = 0;
+    each_step<C>(a, own, [&](int head, int first_row, int, uint32_t) {
+        const int64_t row = dq_sum.first_row(a, own.sequence, own.batch, head) + first_row;
+        mbarrier_wait(shared.dq_full(), parity);
+        bulk_reduce_add(dq_sum.sum + row * C::kHeadDim, shared.dq(), Shared<C>::kBytesDq);
+        bulk_commit();
+        bulk_wait_read<0>();
+        mbarrier_arrive(shared.dq_empty());
+        parity ^= 1;
+    });
+    bulk_wait<0>();
+}
+
+// The accumulators of wgmma, tile by tile of 8 columns, as it takes them.
+template <int kTiles>
+FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
+    return reinterpret_cast<float (&)[4 * kTiles]>(tiles);
+}
+
+// products (64, kBlockM) = keys (64, kHeadDim) queries^T, asynchronously.
+template <class C>
+FASTATTN_DEVICE void multiply_queries(float (&products)[C::kBlockM / 8][4], SharedAddress keys,
+                                      SharedAddress queries) {
+    const uint64_t a = wgmma_operand(keys), b = wgmma_operand(queries);
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < C::kHeadDim; d += 16) {
+        const int panel = d / kPanel, bytes = d % kPanel * 2;
+        wgmma<typename C::T, C::kBlockM>(flat(products),
+                                         advanced(a, panel * (C::kBlockN * 128) + bytes),
+                                         advanced(b, panel * (C::kBlockM * 128) + bytes), d > 0);
+    }
+    wgmma_commit();
+}
+
+// acc (64, kHeadDim) += weights (64, kBlockM) queries (kBlockM, kHeadDim), asynchronously.
+template <class C>
+FASTATTN_DEVICE void add_queries(float (&acc)[C::kHeadDim / 8][4],
+                                 const uint32_t (&weights)[C::kBlockM / 16][4],
+                                 SharedAddress queries) {
+    const uint64_t b = wgmma_operand(queries, C::kBlockM * 128);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kBlockM / 16; ++step)
+        wgmma<typename C::T, C::kHeadDim, true>(flat(acc), weights[step], advanced(b, step * 2048),
+                                                true);
+    wgmma_commit();
+}
+
+// dq (64, 64) = ds (., kBlockN) k (kBlockN, .), this consumer's rows or columns, asynchronously.
+template <class C>
+FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAddress k,
+                                   int consumer) {
+    const uint64_t a = wgmma_operand(ds + (C::kDqByRows ? consumer * (C::kBlockN * 128) : 0));
+    const uint64_t b = wgmma_operand(k + (C::kDqByRows ? 0 : consumer * (C::kBlockN * 128)));
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kBlockN / 16; ++step)
+        wgmma<typename C::T, 64, true, true>(flat(dq), advanced(a, step * 2048),
+                                             advanced(b, step * 2048), step > 0);
+    wgmma_commit();
+}
+
+// All consumers write zeros over rows [row, kRows) of a tile, before any of them reads it: what
+// lies beyond a sequence may be NaN, which weights of 0 would not hide.
+template <int kRows, int kColumns>
+FASTATTN_DEVICE void clear_rows(SharedAddress tile, int row) {
+    const int chunks = (kRows - row) * 8;  // of 16 bytes, in a panel
+    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+#pragma unroll 1
+        for (int i = int(threadIdx.x) - kWarpgroup; i < chunks; i += kConsumers * kWarpgroup)
+            st_shared(tile + (panel * kRows + row) * 128 + i * 16, uint4{0, 0, 0, 0});
+}
+FASTATTN_DEVICE void consumers_meet() {
+    fence_proxy_async();
+    barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
+}
+
+// Products, transposed, to weights; `key` and `row` are those of element 0.
+template <int kTiles, bool kBoundary>
+FASTATTN_DEVICE void weights(const AttentionArgs& a, const Sequence& s, float (&scores)[kTiles][4],
+                             SharedAddress lse, int key, int row) {
+    const float factor = a.softmax_scale * kLog2E;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+        const float2 row_lse = ld_shared<float2>(lse + 32 * j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float weight =
+                exp2_approx(scores[j][i] * factor - (i % 2 ? row_lse.y : row_lse.x));
+            const bool hidden = kBoundary && !visible(a, s, row + 8 * j + i % 2, key + 4 * (i & 2));
+            scores[j][i] = hidden ? 0.0f : weight;
+        }
+    }
+}
+
+// Writes rows of acc (64, kHeadDim), times `factor`, 16 bytes a thread.
+template <class T, int kTiles>
+FASTATTN_DEVICE void write_rows(const float (&acc)[kTiles][4], float factor, T* to,
+                                int64_t row_stride, int row, int rows, int columns) {
+    const int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int first = 0; first < kTiles; first += 4) {
+            // Of four tiles of 8 columns each lane has two columns; each writes one tile's.
+            uint32_t x[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                x[i] = pack<T>(acc[first + i][2 * half] * factor,
+                               acc[first + i][2 * half + 1] * factor);
+#pragma unroll
+            for (int distance = 1; distance <= 2; distance *= 2) {
+                const bool upper = threadIdx.x & distance;
+#pragma unroll
+                for (int pair = 0; pair < 2; ++pair) {
+                    const int i = pair * (distance == 1 ? 2 : 1);
+                    const uint32_t other = shuffle_xor(upper ? x[i] : x[i + distance], distance);
+                    x[i] = upper ? other : x[i];
+                    x[i + distance] = upper ? x[i + distance] : other;
+                }
+            }
+            const int column = 8 * (first + lane), i = row + 8 * half;
+            if (i < rows && column < columns)
+                st_global(reinterpret_cast<uint4*>(to + i * row_stride + column),
+                          uint4{x[0], x[1], x[2], x[3]});
+        }
+}
+
+// What a consumer does: its 64 keys with every block of queries.
+template <class C>
+FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C> shared,
+                             int consumer) {
+    using T = typename C::T;
+    constexpr int kBlockM = C::kBlockM, kHeadDim = C::kHeadDim;
+    const Sequence& s = own.sequence;
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    const int key = own.first_key + 64 * consumer + 16 * warp + lane / 4;
+    const SharedAddress k_rows = shared.k() + consumer * 64 * 128;
+    const SharedAddress v_rows = shared.v() + consumer * 64 * 128;
+
+    float dk[kHeadDim / 8][4] = {}, dv[kHeadDim / 8][4] = {};  // (64, kHeadDim)
+    const int keys = s.seqlen_k - own.first_key;
+    if (own.rows.begin < own.rows.end) {
+        mbarrier_wait(shared.kv_full(), 0);
+        if ((a.cu_seqlens_k || a.seqlens_k) && keys < C::kBlockN) {
+            clear_rows<C::kBlockN, kHeadDim>(shared.k(), keys);
+            clear_rows<C::kBlockN, kHeadDim>(shared.v(), keys);
+            consumers_meet();
+        }
+    }
+    uint32_t step = 0;
+    each_step<C>(a, own, [&](int, int first_row, int stage, uint32_t parity) {
+        const SharedAddress q = shared.q(stage), dout = shared.dout(stage);
+        float scores[kBlockM / 8][4], dp[kBlockM / 8][4];  // (64, kBlockM)
+        uint32_t p[kBlockM / 16][4], ds[kBlockM / 16][4];  // (64, kBlockM)
+        mbarrier_wait(shared.q_full(stage), parity);
+        if (a.cu_seqlens_q && s.seqlen_q - first_row < kBlockM) {
+            mbarrier_wait(shared.dout_full(stage), parity);
+            clear_rows<kBlockM, kHeadDim>(q, s.seqlen_q - first_row);
+            clear_rows<kBlockM, kHeadDim>(dout, s.seqlen_q - first_row);
+            consumers_meet();
+        }
+        multiply_queries<C>(scores, k_rows, q);
+        mbarrier_wait(shared.dout_full(stage), parity);
+        multiply_queries<C>(dp, v_rows, dout);
+        mbarrier_wait(shared.statistics_full(stage), parity);
+        wgmma_wait<1>();
+        wgmma_landed(flat(scores));
+        const SharedAddress lse = shared.lse(stage) + lane % 4 * 8;
+        const int row = first_row + lane % 4 * 2;
+        if (first_row >= own.rows_of_all.begin && first_row + kBlockM <= own.rows_of_all.end)
+            weights<kBlockM / 8, false>(a, s, scores, lse, key, row);
+        else
+            weights<kBlockM / 8, true>(a, s, scores, lse, key, row);
+#pragma unroll
+        for (int i = 0; i < kBlockM / 16; ++i) weights_fragment<T>(p[i], scores, i);
+        add_queries<C>(dv, p, dout);
+
+        wgmma_wait<1>();
+        wgmma_landed(flat(dp));
+#pragma unroll
+        for (int j = 0; j < kBlockM / 8; ++j) {
+            const float2 delta = ld_shared<float2>(shared.delta(stage) + lane % 4 * 8 + 32 * j);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                dp[j][i] = scores[j][i] * (dp[j][i] - (i % 2 ? delta.y : delta.x));
+        }
+        const auto ds_tile = shared.ds(step % 2);
+#pragma unroll
+        for (int i = 0; i < kBlockM / 16; ++i) {
+            weights_fragment<T>(ds[i], dp, i);
+            stmatrix_x4(ds_tile.lane_at(lane % 16, lane / 16, 64 * consumer + 16 * warp, 2 * i),
+                        ds[i]);
+        }
+        consumers_meet();
+        float dq[8][4];
+        multiply_keys<C>(dq, ds_tile.base, shared.k(), consumer);
+        add_queries<C>(dk, ds, q);
+
+        mbarrier_wait(shared.dq_empty(), step % 2 ^ 1);
+        wgmma_wait<1>();
+        wgmma_landed(flat(dq));
+        const int dq_row = (C::kDqByRows ? 64 * consumer : 0) + 16 * warp;
+        const int dq_column = C::kDqByRows ? 0 : 64 * consumer;
+        const SharedAddress to =
+            shared.dq() + 4 * (DqSum::tile<kHeadDim>(dq_row, dq_column) + lane);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                st_shared(to + 4 * (DqSum::tile<kHeadDim>(4 * (i & 2), 8 * j) + i % 2 * 32),
+                          dq[j][i]);
+        fence_proxy_async();
+        warp_sync();
+        if (lane == 0) mbarrier_arrive(shared.dq_full());
+        wgmma_wait<0>();
+        wgmma_landed(flat(dv));
+        wgmma_landed(flat(dk));
+        if (lane == 0) mbarrier_arrive(shared.empty(stage));
+        ++step;
+    });
+
+    const auto own_rows = [&](void* to, const Strides& strides) {
+        return static_cast<T*>(to) + row_offset(strides, a.cu_seqlens_k, own.batch, own.head_kv,
+                                                s.start_k, own.first_key);
+    };
+    const int row = key - own.first_key;
+    write_rows(dk, a.softmax_scale, own_rows(a.dk, a.dk_strides), a.dk_strides.row, row, own.rows_k,
+               a.head_dim);
+    write_rows(dv, 1.0f, own_rows(a.dv, a.dv_strides), a.dv_strides.row, row, own.rows_k,
+               a.head_dim_v);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_bwd_kernel(const __grid_constant__ AttentionBwdArgs a, const DqSum dq_sum,
+                         const __grid_constant__ Maps maps) {
+    const Shared<C> shared{dynamic_shared()};
+    const Own own = own_keys<C>(a, blockIdx.x);
+    if (own.rows_k <= 0) return;
+    if (threadIdx.x == 0) shared.init_barriers();
+    barrier();
+    // The same in a warp, which the compiler does not know of threadIdx.
+    const int warpgroup = shuffle(int(threadIdx.x / kWarpgroup), 0);
+    if (warpgroup == 0) {
+        registers_down<kProducerRegisters>();
+        const int warp = shuffle(int(threadIdx.x / 32), 0);
+        // Worked out anew, or its registers would be those that consumers keep it in.
+        const Own own = own_keys<C>(a, opaque(blockIdx.x));
+        if (threadIdx.x == 0) copy_operands<C>(a, own, shared, maps);
+        if (warp == 1) copy_statistics<C>(a, own, shared);
+        if (threadIdx.x == 64) add_dq<C>(a, own, shared, dq_sum);
+    } else {
+        registers_up<kConsumerRegisters>();
+        consume<C>(a, own, shared, warpgroup - 1);
+    }
+}
+
+// A tensor (batch, heads, seqlen, head_dim), of which a copy moves `rows` rows of a panel. Packed
+// sequences are one, of `total` rows.
+template <class T>
+TensorMap map_of(const void* tensor, const Strides& strides, int batch, int heads, int seqlen,
+                 int head_dim, bool packed, int total, int rows) {
+    if (packed) batch = 1, seqlen = total;
+    // The stride of a dim of size 1 may be anything.
+    const auto stride_of = [](int64_t stride, int size) { return size == 1 ? 8 : stride; };
+    return make_tensor_map({same<T, bfloat16> ? Element::bfloat16 : Element::float16,
+                            tensor,
+                            {head_dim, seqlen, heads, batch},
+                            {1, stride_of(strides.row, seqlen), stride_of(strides.head, heads),
+                             stride_of(strides.batch, batch)},
+                            {kPanel, rows, 1, 1},
+                            true});
+}
+
+template <class C>
+void launch_bwd(const AttentionBwdArgs& a) {
+    using T = typename C::T;
+    const DqSum dq_sum = dq_sum_of(a, C::kHeadDim);
+    const int64_t blocks =
+        int64_t((a.seqlen_k + C::kBlockN - 1) / C::kBlockN) * a.heads_kv * a.batch;
+    const auto of_queries = [&](const void* tensor, const Strides& strides, int head_dim) {
+        return map_of<T>(tensor, strides, a.batch, a.heads, a.seqlen_q, head_dim, a.cu_seqlens_q,
+                         a.total_q, C::kBlockM);
+    };
+    const auto of_keys = [&](const void* tensor, const Strides& strides, int head_dim) {
+        return map_of<T>(tensor, strides, a.batch, a.heads_kv, a.seqlen_k, head_dim, a.cu_seqlens_k,
+                         a.total_k, C::kBlockN);
+    };
+    const Maps maps{of_queries(a.q, a.q_strides, a.head_dim), of_keys(a.k, a.k_strides, a.head_dim),
+                    of_keys(a.v, a.v_strides, a.head_dim_v),
+                    of_queries(a.dout, a.dout_strides, a.head_dim_v)};
+    if (blocks)
+        launch(attention_bwd_kernel<C>, dim3(unsigned(blocks)), kThreads, Shared<C>::kBytes,
+               a.stream, a, dq_sum, maps);
+    attention_dq(a, dq_sum);
+}
+
+template <class T>
+void launch_dtype(const AttentionBwdArgs& a) {
+    if (padded_head_dim(a) == 64) return launch_bwd<Config<T, 64, 128>>(a);
+    launch_bwd<Config<T, 128, 64>>(a);
+}
+
+// Copies do not repeat rows (stride 0).
+bool repeats(const Strides& strides, int batch, int heads, int seqlen) {
+    return (batch > 1 && strides.batch == 0) || (heads > 1 && strides.head == 0) ||
+           (seqlen > 1 && strides.row == 0);
+}
+
+}  // namespace
+
+bool attention_bwd_sm90_takes(const AttentionBwdArgs& a) {
+    const int head_dim = padded_head_dim(a);
+    const int batch_q = a.cu_seqlens_q ? 1 : a.batch, batch_k = a.cu_seqlens_k ? 1 : a.batch;
+    const int rows_q = a.cu_seqlens_q ? a.total_q : a.seqlen_q;
+    const int rows_k = a.cu_seqlens_k ? a.total_k : a.seqlen_k;
+    return current_device().capability == 90 && (head_dim == 64 || head_dim == 128) &&
+           a.softcap == 0.0f && !a.alibi_slopes && !a.seed && !a.deterministic && rows_q > 0 &&
+           rows_k > 0 && !repeats(a.q_strides, batch_q, a.heads, rows_q) &&
+           !repeats(a.dout_strides, batch_q, a.heads, rows_q) &&
+           !repeats(a.k_strides, batch_k, a.heads_kv, rows_k) &&
+           !repeats(a.v_strides, batch_k, a.heads_kv, rows_k);
+}
+
+void attention_bwd_sm90(const AttentionBwdArgs& a) {
+    a.bfloat16 ? launch_dtype<bfloat16>(a) : launch_dtype<float16>(a);
+}
+
+}  // namespace fastattn::cuda
