@@ -49,7 +49,7 @@ struct Case {
 
     const char* name;
     Kernel *sound, *faulty;
-    int threads = 256;
+    int threads = 256, cluster = 1;
 };
 
 // What is reported of one of the cases: nothing if all is well.
@@ -66,8 +66,8 @@ inline std::string report_of(std::span<const Case> cases, const std::string& nam
                                                {64, kRows, 1, 1},
                                                true});
         try {
-            launch(fault ? one.faulty : one.sound, 2, one.threads, kShared, nullptr, map,
-                   static_cast<float*>(x));
+            launch_clusters(one.cluster, fault ? one.faulty : one.sound, 2, one.threads, kShared,
+                            nullptr, map, static_cast<float*>(x));
         } catch (const std::runtime_error& error) {
             return error.what();
         }

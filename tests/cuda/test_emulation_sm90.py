@@ -94,11 +94,21 @@ FAULTS_OF_WGMMA = {
     "registers_of_three_warps": r"deadlock; at registers_down \(.*\): threads 0-31, 64-127; exited",
     "registers_up_to_fewer": r"registers_up: to 56 from 64",
 }
+FAULTS_OF_CLUSTERS = {
+    "multicast_before_others_read": rf"tma_multicast_4d writes .* {RACE}|{LOADING}",
+    "multicast_of_others_not_announced": r"deadlock; .*at mbarrier_wait of parity 0 at the mbarrier "
+    r"at byte 0 \(phase 0: 0 of 1 arrivals and -8192 bytes missing\)",
+    "arrival_at_what_is_not_there": rf"mbarrier_arrive_at: .* not been initialised|{RACE}",
+    "arrival_at_an_exited_block": r"mbarrier_arrive_at: block 1 of the cluster has exited",
+    "arrival_beyond_the_cluster": r"mbarrier_arrive_at: the cluster has no block 2",
+    "cluster_barrier_of_one_block": r"deadlock; at cluster_barrier, where 256 of 512 came "
+    r"\(.*\): threads 0-255; exited: threads 256-511",
+}
 
 
 @pytest.fixture(scope="module")
 def faults() -> ctypes.CDLL:
-    sources = [HERE / "faults_copies.cpp", HERE / "faults_wgmma.cpp"]
+    sources = [HERE / f"faults_{what}.cpp" for what in ("copies", "wgmma", "clusters")]
     return ctypes.CDLL(str(build("faults_sm90", sources)))
 
 
@@ -120,8 +130,21 @@ def test_a_fault_of_wgmma_is_reported(faults, name):
     assert re.search(FAULTS_OF_WGMMA[name], report(faults.fault_of_wgmma, name.encode(), True))
 
 
+@pytest.mark.parametrize("name", FAULTS_OF_CLUSTERS)
+def test_a_fault_of_clusters_is_reported(faults, name):
+    assert report(faults.fault_of_clusters, name.encode(), False) == ""
+    assert re.search(
+        FAULTS_OF_CLUSTERS[name], report(faults.fault_of_clusters, name.encode(), True)
+    )
+
+
 @pytest.mark.parametrize(
-    "what, expected", [("copies", FAULTS_OF_COPIES), ("wgmma", FAULTS_OF_WGMMA)]
+    "what, expected",
+    [
+        ("copies", FAULTS_OF_COPIES),
+        ("wgmma", FAULTS_OF_WGMMA),
+        ("clusters", FAULTS_OF_CLUSTERS),
+    ],
 )
 def test_every_planted_fault_is_asked_for(what, expected):
     text = (HERE / f"faults_{what}.cpp").read_text()

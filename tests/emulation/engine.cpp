@@ -39,24 +39,26 @@ void Block::fail(int thread, const std::string& what, Site site) const {
                              site.str() + ")");
 }
 
-void Block::run(int threads, size_t shared, void (*body)(const void*), const void* context) {
+void Block::run(int blocks, int threads, size_t shared, void (*body)(const void*),
+                const void* context) {
     if (clocks_.beginning() > 1 << 30) {
         clocks_ = {};
         shared_.forget();
     }
-    threads_ = left_ = threads;
+    threads_ = blocks * threads, block_threads_ = threads, first_block_ = blockIdx.x;
+    for (int b = 0; b < blocks; ++b) left_[b] = threads;
     body_ = body, context_ = context;
     polls_ = 0;
     fault_ = nullptr;
-    clocks_.start(threads);
-    shared_.start(shared);
+    clocks_.start(threads_);
+    shared_.start(shared, blocks);
     checks_.clear();
     states_.clear();
     for (Meeting& meeting : meetings_) meeting.arrived = 0;
     for (Barrier& barrier : barriers_) barrier = {};
-    for (int t = 0; t < threads; ++t) waits_[t] = {}, exited_[t] = false;
-    for (int w = 0; w < threads / kWarp; ++w) ready_[w] = ~0u;
-    fibers_.start(threads, thread_main);
+    for (int t = 0; t < threads_; ++t) waits_[t] = {}, exited_[t] = false;
+    for (int w = 0; w < threads_ / kWarp; ++w) ready_[w] = ~0u;
+    fibers_.start(threads_, thread_main);
 
     running = this;
     current_ = 0;
@@ -64,6 +66,7 @@ void Block::run(int threads, size_t shared, void (*body)(const void*), const voi
     fibers_.enter(current_);
     if (fault_) std::rethrow_exception(std::exchange(fault_, nullptr));
     for (const auto& check : checks_) check();
+    blockIdx.x = first_block_;
 }
 
 void Block::thread_main(int thread) {
@@ -77,9 +80,19 @@ void Block::thread_main(int thread) {
     self.fibers_.leave(thread);
 }
 
+void Block::require_block(int rank, const char* instruction, Site site) const {
+    if (rank < 0 || rank >= blocks())
+        fail(std::string(instruction) + ": the cluster has no block " + std::to_string(rank), site);
+    if (left_[rank] == 0)
+        fail(std::string(instruction) + ": block " + std::to_string(rank) +
+                 " of the cluster has exited",
+             site);
+}
+
 void Block::exit() {
     exited_[current_] = true;
-    if (--left_ != 0) switch_to_next();
+    --left_[rank()];
+    if (std::any_of(left_, left_ + blocks(), [](int left) { return left != 0; })) switch_to_next();
 }
 
 void Block::park(const Wait& wait) {
@@ -98,7 +111,7 @@ bool Block::find_ready() {
         const int lane = std::countr_zero(ready_[warp]);
         ready_[warp] &= ready_[warp] - 1;
         current_ = kWarp * warp + lane;
-        threadIdx.x = current_;
+        threadIdx.x = current_ % block_threads_, blockIdx.x = first_block_ + rank();
         return true;
     }
     return false;
@@ -141,20 +154,28 @@ void Block::leave(int size) {
 }
 
 void Block::barrier(int number, int threads, bool waits, const char* instruction, Site site) {
-    if (number < 0 || number >= 16)
+    if (number < 0 || number >= kBarriers)
         fail("barrier " + std::to_string(number) + " is none of 0 to 15", site);
-    if (threads <= 0 || threads % kWarp != 0 || threads > threads_)
+    if (threads <= 0 || threads % kWarp != 0 || threads > block_threads_)
         fail("a barrier of " + std::to_string(threads) + " threads in a block of " +
-                 std::to_string(threads_) + ": it wants a multiple of 32",
+                 std::to_string(block_threads_) + ": it wants a multiple of 32",
              site);
-    Barrier& barrier = barriers_[number];
+    come(barriers_[kBarriers * rank() + number], threads, waits, instruction, site);
+}
+
+std::string Block::name_of(const Barrier& barrier) const {
+    const int64_t index = &barrier - barriers_;
+    return index == kClusterBarrier ? "the cluster's barrier"
+                                    : "barrier " + std::to_string(index % kBarriers);
+}
+
+void Block::come(Barrier& barrier, int threads, bool waits, const char* instruction, Site site) {
     if (barrier.arrived != 0 && barrier.expected != threads)
-        fail("barrier " + std::to_string(number) + " is met with " + std::to_string(threads) +
+        fail(name_of(barrier) + " is met with " + std::to_string(threads) +
                  " threads, but others met it with " + std::to_string(barrier.expected),
              site);
     uint32_t& lanes = barrier.lanes[current_ / kWarp];
-    if (lanes >> lane() & 1)
-        fail("barrier " + std::to_string(number) + " is met again before it was complete", site);
+    if (lanes >> lane() & 1) fail(name_of(barrier) + " is met again before it was complete", site);
     lanes |= 1u << lane();
     barrier.expected = threads;
     ++barrier.arrived;
@@ -202,9 +223,11 @@ std::string Block::what_it_waits_for(int thread) const {
     std::string at = wait.instruction ? wait.instruction : "?";
     for (const Barrier& barrier : barriers_)
         if (std::ranges::count(barrier.waiting, thread) != 0)
-            at += " " + std::to_string(&barrier - barriers_) + ", where " +
-                  std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
-                  " came";
+            at += (&barrier == &barriers_[kClusterBarrier]
+                       ? ""
+                       : " " + std::to_string((&barrier - barriers_) % kBarriers)) +
+                  std::string(", where ") + std::to_string(barrier.arrived) + " of " +
+                  std::to_string(barrier.expected) + " came";
     return "at " + at + " (" + wait.site.str() + ")";
 }
 

@@ -1,9 +1,10 @@
 // Runs kernels on the host, thread by thread, and checks what they do.
 //
-// Blocks run one after the other. The threads of a block are fibers: one runs until it waits for
-// others, at a barrier or at an instruction of the whole warp. Whatever the order, accesses to
-// shared memory that no barrier orders are found by vector clocks (clocks.h). Every fault is thrown
-// by `launch` as a std::runtime_error that names the kernel, the block and the thread.
+// Blocks run one after the other, those of a cluster together. The threads of a block are fibers:
+// one runs until it waits for others, at a barrier or at an instruction of the whole warp. Whatever
+// the order, accesses to shared memory that no barrier orders are found by vector clocks
+// (clocks.h). Every fault is thrown by `launch` as a std::runtime_error that names the kernel, the
+// block and the thread.
 //
 // An instruction is written against `block()`, in the name of the thread that runs:
 //   block().meet(...)        the threads of a warp or of a warpgroup act together
@@ -32,7 +33,7 @@
 
 namespace fastattn::emulation {
 
-constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024;
+constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024, kMaxCluster = 8;
 
 // What the threads of a meeting brought along.
 template <class Payload>
@@ -41,13 +42,20 @@ struct Payloads {
     Payload* operator[](int i) const { return static_cast<Payload*>(each[i]); }
 };
 
-// One block at a time: its threads, where they meet, and its shared memory.
+// One block at a time, or the blocks of a cluster: all their threads, where they meet, and their
+// shared memory.
 class Block {
   public:
-    // The thread that runs.
+    // The thread that runs, and the number of its block within the cluster.
     int thread() const { return current_; }
     int lane() const { return current_ % kWarp; }
+    int rank() const { return current_ / block_threads_; }
+    // Of all blocks of the cluster, and of each.
     int threads() const { return threads_; }
+    int block_threads() const { return block_threads_; }
+    int blocks() const { return threads_ / block_threads_; }
+    // Block `rank` of the cluster must be there to be reached.
+    void require_block(int rank, const char* instruction, Site site) const;
 
     Clocks& clocks() { return clocks_; }
     const Clocks& clocks() const { return clocks_; }
@@ -95,11 +103,14 @@ class Block {
     // Lets others run: one step of a loop that polls memory.
     void poll(const char* instruction, Site site);
 
-    // Barrier `number` of `threads` threads: waits for them, or only arrives.
+    // The block's barrier `number` of `threads` threads: waits for them, or only arrives.
     void barrier(int number, int threads, bool waits, const char* instruction, Site site);
-    // Of the block's threads.
+    // Of the block's threads, and of the cluster's.
     void barrier(const char* instruction, Site site) {
-        barrier(0, threads_, true, instruction, site);
+        barrier(0, block_threads_, true, instruction, site);
+    }
+    void cluster_barrier(const char* instruction, Site site) {
+        come(barriers_[kClusterBarrier], threads_, true, instruction, site);
     }
     void warp_sync(Site site);
 
@@ -119,8 +130,10 @@ class Block {
     [[noreturn]] void fail(int thread, const std::string& what, Site site) const;
     [[noreturn]] void fail(const std::string& what, Site site) const { fail(current_, what, site); }
 
-    // Runs one block of `threads` threads; each calls body(context).
-    void run(int threads, size_t shared, void (*body)(const void*), const void* context);
+    // Runs a cluster of `blocks` blocks from blockIdx on, each of `threads` threads; each thread
+    // calls body(context).
+    void run(int blocks, int threads, size_t shared, void (*body)(const void*),
+             const void* context);
     std::string kernel;  // how reports name it
 
   private:
@@ -147,6 +160,8 @@ class Block {
     [[noreturn]] void fail_divergence(const Meeting& meeting, const char* instruction,
                                       Site site) const;
     void leave(int size);
+    void come(Barrier& barrier, int threads, bool waits, const char* instruction, Site site);
+    std::string name_of(const Barrier& barrier) const;
     void complete(Barrier& barrier, const char* instruction, Site site);
     void park(const Wait& wait);
     void wake(int thread) { ready_[thread / kWarp] |= 1u << thread % kWarp; }
@@ -159,12 +174,17 @@ class Block {
     std::string place() const;
     static void thread_main(int thread);
 
-    int threads_ = 0, current_ = 0, left_ = 0, polls_ = 0;
+    static constexpr int kBarriers = 16;  // of each block; the cluster's comes last
+    static constexpr int kClusterBarrier = kBarriers * kMaxCluster;
+
+    int threads_ = 0, block_threads_ = 1, current_ = 0, polls_ = 0;
+    int left_[kMaxCluster] = {};  // threads of each block that have not exited
+    unsigned first_block_ = 0;
     uint32_t ready_[kMaxThreads / kWarp] = {};  // by warp, a bit a lane
     Wait waits_[kMaxThreads];
     bool exited_[kMaxThreads] = {};
     Meeting meetings_[kMaxThreads / kWarp + kMaxThreads / kWarpgroup] = {};
-    Barrier barriers_[16];
+    Barrier barriers_[kClusterBarrier + 1];
     std::map<const void*, std::shared_ptr<void>> states_;
     std::vector<std::function<void()>> checks_;
     void (*body_)(const void*) = nullptr;

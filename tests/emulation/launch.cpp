@@ -8,7 +8,11 @@ namespace fastattn::emulation {
 
 namespace {
 
-std::string refusal(const dim3& grid, int threads, size_t shared) {
+std::string refusal(const dim3& grid, int cluster, int threads, size_t shared) {
+    if (cluster != 1 && (cluster < 1 || cluster > kMaxCluster || grid.x % cluster != 0 ||
+                         cluster * threads > kMaxThreads))
+        return "clusters of " + std::to_string(cluster) +
+               " blocks; 1 to 8, which divide the grid's x, of 1024 threads in all, are emulated";
     if (threads <= 0 || threads > kMaxThreads || threads % kWarp != 0)
         return "a block of " + std::to_string(threads) +
                " threads; it must have whole warps, 1024 threads at most";
@@ -40,21 +44,21 @@ size_t max_shared() {
     }
 }
 
-void run_grid(const Grid& grid, int threads, size_t shared, void (*body)(const void*),
+void run_grid(const Grid& grid, int cluster, int threads, size_t shared, void (*body)(const void*),
               const void* context) {
     static std::mutex mutex;
     static Block block;
     const std::lock_guard lock(mutex);
     block.kernel = "kernel of " + std::string(grid.launcher) + " (" + grid.site.str() + ")";
-    if (const std::string why = refusal(grid.size, threads, shared); !why.empty())
+    if (const std::string why = refusal(grid.size, cluster, threads, shared); !why.empty())
         throw std::runtime_error(block.kernel + ": launched with " + why);
     gridDim = grid.size;
     blockDim = {unsigned(threads)};
     threadIdx = {0, 0, 0};
     for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-                block.run(threads, shared, body, context);
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x += cluster)
+                block.run(cluster, threads, shared, body, context);
 }
 
 }  // namespace fastattn::emulation

@@ -26,8 +26,9 @@ struct Grid {
 // Bytes of shared memory that a block of the emulated chip may have.
 size_t max_shared();
 
-// Runs the blocks one after the other; body(context) is what a thread does.
-void run_grid(const Grid& grid, int threads, size_t shared, void (*body)(const void*),
+// Runs the blocks one after the other, `cluster` of them at a time; body(context) is what a thread
+// does.
+void run_grid(const Grid& grid, int cluster, int threads, size_t shared, void (*body)(const void*),
               const void* context);
 
 }  // namespace fastattn::emulation
@@ -35,19 +36,25 @@ void run_grid(const Grid& grid, int threads, size_t shared, void (*body)(const v
 namespace fastattn::cuda {
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), emulation::Grid grid, int threads, size_t shared,
-            [[maybe_unused]] void* stream, const Args&... args) {
+void launch_clusters(int cluster, void (*kernel)(Params...), emulation::Grid grid, int threads,
+                     size_t shared, [[maybe_unused]] void* stream, const Args&... args) {
     struct Call {
         void (*kernel)(Params...);
         std::tuple<std::remove_cv_t<Params>...> params;
     } call{kernel, {args...}};
     emulation::run_grid(
-        grid, threads, shared,
+        grid, cluster, threads, shared,
         [](const void* context) {
             const Call& call = *static_cast<const Call*>(context);
             std::apply(call.kernel, call.params);
         },
         &call);
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), emulation::Grid grid, int threads, size_t shared,
+            void* stream, const Args&... args) {
+    launch_clusters(1, kernel, grid, threads, shared, stream, args...);
 }
 
 struct Device {

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kMaxCount = (1 << 20) - 1;
 
 std::string name_of(SharedAddress address) {
-    return "the mbarrier at byte " + std::to_string(int64_t(address) - kSharedBegin);
+    return "the mbarrier at byte " + std::to_string(shared_byte(address));
 }
 
 }  // namespace

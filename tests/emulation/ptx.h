@@ -46,7 +46,9 @@ namespace fastattn::cuda {
 
 using emulation::SharedAddress, emulation::Site;
 
-inline SharedAddress dynamic_shared() { return emulation::kSharedBegin; }
+inline SharedAddress dynamic_shared() {
+    return emulation::kSharedBegin + emulation::block().rank() * emulation::kSharedWindow;
+}
 
 template <class T>
 T ld_shared(SharedAddress from, Site site = Site::here()) {

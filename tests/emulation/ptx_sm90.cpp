@@ -121,17 +121,41 @@ IncomingCopy incoming(SharedAddress to, int64_t bytes, int alignment, Mbarrier& 
 
 }  // namespace
 
+namespace {
+
+void copy_box(SharedAddress to, const cuda::TensorMap& map, SharedAddress barrier,
+              const int (&at)[4], const char* instruction, Site site) {
+    Mbarrier& counting = mbarriers().at(barrier, instruction, site);
+    IncomingCopy copy = incoming(to, box_bytes(map), alignment(map), counting, instruction, site);
+    for_each_piece(map, at, to, [&](uint32_t shared, const uint8_t* global, int bytes) {
+        check_global(global, bytes, 1, instruction, site);
+        copy.pieces.push_back({copy.to + (shared - to), global, bytes});
+    });
+    counting.add(std::move(copy));
+}
+
+}  // namespace
+
+SharedAddress address_in(int rank, SharedAddress address, const char* instruction, Site site) {
+    block().require_block(rank, instruction, site);
+    return address % kSharedWindow + rank * kSharedWindow;
+}
+
 void tma_load(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
               const int (&at)[4], Site site) {
     constexpr const char* kName = "tma_load_4d";
     check_map(map, kName, site);
-    Mbarrier& counting = mbarriers().at(barrier, kName, site);
-    IncomingCopy copy = incoming(to, box_bytes(*map), alignment(*map), counting, kName, site);
-    for_each_piece(*map, at, to, [&](uint32_t shared, const uint8_t* global, int bytes) {
-        check_global(global, bytes, 1, kName, site);
-        copy.pieces.push_back({copy.to + (shared - to), global, bytes});
-    });
-    counting.add(std::move(copy));
+    copy_box(to, *map, barrier, at, kName, site);
+}
+
+void tma_multicast(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
+                   const int (&at)[4], uint16_t blocks, Site site) {
+    constexpr const char* kName = "tma_multicast_4d";
+    check_map(map, kName, site);
+    for (int rank = 0; rank < 16; ++rank)
+        if (blocks >> rank & 1)
+            copy_box(address_in(rank, to, kName, site), *map,
+                     address_in(rank, barrier, kName, site), at, kName, site);
 }
 
 void tma_store(const cuda::TensorMap* map, SharedAddress from, const int (&at)[4], bool add,
@@ -212,10 +236,10 @@ struct Registers {
         bool granted;  // what it has asked for
     };
     Warpgroup warpgroups[kMaxThreads / kWarpgroup];
-    int free = 0;
+    int free[kMaxCluster] = {};  // of each block
 
     Registers() {
-        const int each = std::min(256, 65536 / block().threads() / 8 * 8);
+        const int each = std::min(256, 65536 / block().block_threads() / 8 * 8);
         for (Warpgroup& w : warpgroups) w = {each, true};
     }
 };
@@ -226,6 +250,7 @@ void set_registers(int registers, bool up, Site site) {
     const char* name = up ? "registers_up" : "registers_down";
     const int thread = block().thread();
     Registers& all = block().state<Registers>();
+    int& free = all.free[block().rank()];
     Registers::Warpgroup& mine = all.warpgroups[thread / kWarpgroup];
     block().meet(kWarpgroup, name, site, registers, [&](Payloads<int>) {
         if (up ? registers < mine.each : registers > mine.each)
@@ -238,10 +263,10 @@ void set_registers(int registers, bool up, Site site) {
     block().wait_until(instruction, site, [&] {
         const int more = (registers - mine.each) * kWarpgroup;
         std::snprintf(instruction, sizeof instruction, "%s to %d, while %d registers are free",
-                      name, registers, all.free);
+                      name, registers, free);
         if (mine.granted) return true;
-        if (more > all.free) return false;
-        all.free -= more;
+        if (more > free) return false;
+        free -= more;
         mine = {registers, true};
         return true;
     });

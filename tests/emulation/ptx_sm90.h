@@ -12,8 +12,13 @@ namespace fastattn::emulation {
 void fence_mbarrier_init();
 void fence_proxy_async();
 
+// What block `rank` of the cluster has at the address.
+SharedAddress address_in(int rank, SharedAddress address, const char* instruction, Site site);
+
 void tma_load(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
               const int (&at)[4], Site site);
+void tma_multicast(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
+                   const int (&at)[4], uint16_t blocks, Site site);
 void tma_store(const cuda::TensorMap* map, SharedAddress from, const int (&at)[4], bool add,
                Site site);
 void prefetch_tensor_map(const cuda::TensorMap* map, Site site);
@@ -48,6 +53,20 @@ inline void mbarrier_wait(SharedAddress barrier, uint32_t parity, Site site = Si
     emulation::mbarriers().at(barrier, "mbarrier_wait", site).wait(parity, site);
 }
 
+inline int cluster_rank() { return emulation::block().rank(); }
+inline void cluster_barrier(Site site = Site::here()) {
+    emulation::block().cluster_barrier("cluster_barrier", site);
+}
+inline void mbarrier_arrive_at(SharedAddress barrier, int rank, Site site = Site::here()) {
+    constexpr const char* kName = "mbarrier_arrive_at";
+    const SharedAddress there = emulation::address_in(rank, barrier, kName, site);
+    emulation::mbarriers().at(there, kName, site).arrive(0, kName, site);
+}
+
+inline void tma_multicast_4d(SharedAddress to, const TensorMap* map, SharedAddress barrier, int c0,
+                             int c1, int c2, int c3, uint16_t blocks, Site site = Site::here()) {
+    emulation::tma_multicast(to, map, barrier, {c0, c1, c2, c3}, blocks, site);
+}
 inline void tma_load_4d(SharedAddress to, const TensorMap* map, SharedAddress barrier, int c0,
                         int c1, int c2, int c3, Site site = Site::here()) {
     emulation::tma_load(to, map, barrier, {c0, c1, c2, c3}, site);

@@ -6,9 +6,9 @@
 
 namespace fastattn::emulation {
 
-void SharedMemory::start(size_t bytes) {
-    size_ = bytes;
-    const size_t words = (bytes + 3) / 4;
+void SharedMemory::start(size_t bytes, int blocks) {
+    size_ = bytes, blocks_ = blocks, block_words_ = (bytes + 3) / 4;
+    const size_t words = blocks * block_words_;
     if (words <= writes_.size()) return;
     memory_ = std::make_unique<uint8_t[]>(4 * words);
     writes_.assign(words, {});
@@ -22,11 +22,11 @@ void SharedMemory::forget() {
 
 inline size_t SharedMemory::first_word(SharedAddress address, int bytes, int alignment,
                                        const Access& access) const {
-    const size_t offset = size_t(address) - kSharedBegin;
-    if (address < kSharedBegin || offset + bytes > size_)
+    const int64_t offset = shared_byte(address), block = address / kSharedWindow;
+    if (offset < 0 || offset + bytes > int64_t(size_) || block >= blocks_)
         block_.fail(access.thread,
                     std::string(access.instruction) + " of " + std::to_string(bytes) +
-                        " bytes at byte " + std::to_string(int64_t(address) - kSharedBegin) +
+                        " bytes at byte " + std::to_string(offset) +
                         " of shared memory is out of bounds: the block has " +
                         std::to_string(size_) + " bytes",
                     access.site);
@@ -37,7 +37,7 @@ inline size_t SharedMemory::first_word(SharedAddress address, int bytes, int ali
                         " of shared memory is misaligned: it wants a multiple of " +
                         std::to_string(alignment),
                     access.site);
-    return offset / 4;
+    return block * block_words_ + offset / 4;
 }
 
 inline bool SharedMemory::sees(const Access& access, const Write& write) const {
@@ -105,9 +105,9 @@ void SharedMemory::check_readers(size_t first, size_t end, const Access& access)
     }
 }
 
-std::string SharedMemory::at(size_t word, const char* verb, const Access& access) {
-    return std::string(access.instruction) + " " + verb + " byte " + std::to_string(4 * word) +
-           " of shared memory, which ";
+std::string SharedMemory::at(size_t word, const char* verb, const Access& access) const {
+    return std::string(access.instruction) + " " + verb + " byte " +
+           std::to_string(4 * (word % block_words_)) + " of shared memory, which ";
 }
 
 void SharedMemory::fail_read(size_t word, const Access& access) const {

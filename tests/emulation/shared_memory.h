@@ -17,8 +17,14 @@ namespace fastattn::emulation {
 class Block;
 using SharedAddress = uint32_t;
 
-// Where the dynamic shared memory begins: not at 0, which a kernel must not take for granted.
-constexpr SharedAddress kSharedBegin = 1024;
+// Where the dynamic shared memory begins: not at 0, which a kernel must not take for granted. The
+// next block's of the cluster lies kSharedWindow further.
+constexpr SharedAddress kSharedBegin = 1024, kSharedWindow = 1 << 18;
+
+// The byte of its block's shared memory that an address names.
+constexpr int64_t shared_byte(SharedAddress address) {
+    return int64_t(address % kSharedWindow) - kSharedBegin;
+}
 
 // Who accesses memory, by which instruction.
 struct Access {
@@ -34,7 +40,8 @@ class SharedMemory {
   public:
     explicit SharedMemory(const Block& block) : block_(block) {}
 
-    void start(size_t bytes);
+    // `bytes` of each block.
+    void start(size_t bytes, int blocks);
     // Drops what is known of earlier blocks, when their times begin anew.
     void forget();
     size_t bytes() const { return size_; }
@@ -65,14 +72,15 @@ class SharedMemory {
     static void note_read(Readers& readers, size_t word, const Access& access);
     void check_readers(size_t first, size_t end, const Access& access) const;
 
-    static std::string at(size_t word, const char* verb, const Access& access);
+    std::string at(size_t word, const char* verb, const Access& access) const;
     std::string who_wrote(const Write& write, const Access& access) const;
     [[noreturn]] void fail_read(size_t word, const Access& access) const;
     [[noreturn]] void fail_overwrite(size_t word, const Access& access) const;
     [[noreturn]] void fail_write(size_t word, int reader, const Access& access) const;
 
     const Block& block_;
-    size_t size_ = 0;
+    size_t size_ = 0, block_words_ = 0;
+    int blocks_ = 0;
     std::unique_ptr<uint8_t[]> memory_;
     std::vector<Write> writes_;     // of each word
     std::vector<Readers> readers_;  // by group of 32 agents

@@ -206,8 +206,15 @@ void read(const WgmmaOperand& operand, int begin, int end, int warp, const Warpg
         }
 }
 
+// Descriptors leave out the bits of an address that tell the block.
+WgmmaOperand operand_of(uint64_t descriptor, bool mn_major, int extent) {
+    WgmmaOperand operand = decode_wgmma_operand(descriptor, mn_major, extent);
+    operand.start += block().rank() * kSharedWindow;
+    return operand;
+}
+
 void read_a(const Warpgroup& w, const WgmmaCall& call, float (&a)[kM][kK], Site site) {
-    const WgmmaOperand operand = decode_wgmma_operand(call.a_descriptor, call.trans_a, kM);
+    const WgmmaOperand operand = operand_of(call.a_descriptor, call.trans_a, kM);
     for (int warp = 0; warp < kWarpgroup / kWarp; ++warp)
         read(operand, 16 * warp, 16 * warp + 16, warp, w, call.bfloat16, site,
              [&](int m, int k, const float (&values)[8]) {
@@ -216,7 +223,7 @@ void read_a(const Warpgroup& w, const WgmmaCall& call, float (&a)[kM][kK], Site 
 }
 
 void read_b(const Warpgroup& w, const WgmmaCall& call, float (&b)[kK][kMaxN], Site site) {
-    const WgmmaOperand operand = decode_wgmma_operand(call.b_descriptor, call.trans_b, call.n);
+    const WgmmaOperand operand = operand_of(call.b_descriptor, call.trans_b, call.n);
     read(operand, 0, call.n, 0, w, call.bfloat16, site,
          [&](int n, int k, const float (&values)[8]) {
              for (int i = 0; i < 8; ++i) (call.trans_b ? b[k][n + i] : b[k + i][n]) = values[i];

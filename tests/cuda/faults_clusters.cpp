@@ -1,0 +1,101 @@
+// Small kernels of clusters of two blocks, each sound or with one planted fault that the emulation
+// must report.
+#include "faults_sm90.h"
+
+namespace fastattn::cuda {
+namespace {
+
+constexpr int kBlocks = 2;
+constexpr uint16_t kBoth = 0b11;
+
+// As `start`; then the blocks may reach each other's mbarriers.
+void start_cluster(uint32_t arrivals) {
+    start(arrivals);
+    cluster_barrier();
+}
+
+// Each block's tile, to both.
+void multicast(const TensorMap& map) {
+    tma_multicast_4d(tile(cluster_rank()), &map, full(0), 0, 0, 0, 0, kBoth);
+}
+
+template <bool fault>
+void multicast_before_others_read(const TensorMap& map, float*) {
+    start_cluster(kBlocks);
+    for (uint32_t turn = 0; turn < 2; ++turn) {
+        if (threadIdx.x == 0) {
+            if (turn == 1) mbarrier_wait(empty(), 0);
+            mbarrier_arrive_expect(full(0), kBlocks * kTile);
+            multicast(map);
+        }
+        mbarrier_wait(full(0), turn);
+        ld_shared<float>(word(threadIdx.x));
+        barrier();
+        // The other block's reads count as well as one's own.
+        if (turn == 0 && threadIdx.x < kBlocks)
+            mbarrier_arrive_at(empty(), fault ? cluster_rank() : threadIdx.x);
+    }
+    cluster_barrier();
+}
+
+template <bool fault>
+void multicast_of_others_not_announced(const TensorMap& map, float*) {
+    start_cluster(1);
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(full(0), fault && cluster_rank() == 1 ? kTile : kBlocks * kTile);
+        multicast(map);
+    }
+    mbarrier_wait(full(0), 0);
+    cluster_barrier();
+}
+
+template <bool fault>
+void arrival_at_what_is_not_there(const TensorMap&, float*) {
+    fault ? start(kBlocks) : start_cluster(kBlocks);
+    if (threadIdx.x < kBlocks) mbarrier_arrive_at(empty(), threadIdx.x);
+    mbarrier_wait(empty(), 0);
+    cluster_barrier();
+}
+
+template <bool fault>
+void arrival_at_an_exited_block(const TensorMap&, float*) {
+    start_cluster(1);
+    if (cluster_rank() == 0) {
+        if (threadIdx.x == 0) mbarrier_wait(full(1), 0);
+        if (threadIdx.x == 0) mbarrier_arrive_at(empty(), 1);
+    } else {
+        if (threadIdx.x == 0) mbarrier_arrive_at(full(1), 0);
+        if (!fault) mbarrier_wait(empty(), 0);
+    }
+}
+
+template <bool fault>
+void arrival_beyond_the_cluster(const TensorMap&, float*) {
+    start_cluster(1);
+    if (threadIdx.x == 0) mbarrier_arrive_at(empty(), fault ? 2 : 1 - cluster_rank());
+    cluster_barrier();
+}
+
+template <bool fault>
+void cluster_barrier_of_one_block(const TensorMap&, float*) {
+    if (!fault || cluster_rank() == 0) cluster_barrier();
+}
+
+#define FASTATTN_CASE(name) #name, name<false>, name<true>, 256, kBlocks
+constexpr Case kCases[] = {
+    {FASTATTN_CASE(multicast_before_others_read)},
+    {FASTATTN_CASE(multicast_of_others_not_announced)},
+    {FASTATTN_CASE(arrival_at_what_is_not_there)},
+    {FASTATTN_CASE(arrival_at_an_exited_block)},
+    {FASTATTN_CASE(arrival_beyond_the_cluster)},
+    {FASTATTN_CASE(cluster_barrier_of_one_block)},
+};
+#undef FASTATTN_CASE
+
+}  // namespace
+}  // namespace fastattn::cuda
+
+FASTATTN_EXPORT void fault_of_clusters(const char* name, bool planted, char* report, size_t size) {
+    using namespace fastattn::cuda;
+    std::strncpy(report, report_of(kCases, name, planted).c_str(), size - 1);
+}
