@@ -202,7 +202,9 @@ struct BwdPlan {
         sums = static_cast<float*>(memory.take(4 * floats));
         scratch = memory.bytes();
     }
-    int db1_tiles(const FFNBwdArgs& a) const { return ceil_div(a.rows, dpreact.tile.m); }
+    int db1_tiles(const FFNBwdArgs& a) const {
+        return ceil_div(a.rows, dpreact.tile.m / dpreact.tile.blocks);
+    }
 };
 
 template <class T, bool gated>
@@ -272,9 +274,10 @@ GemmPlan plan_gemm(int m, int n, int k, int terms, int products, bool may_split)
         const int64_t steps = int64_t(terms) * ceil_div(k, tile.k);
         for (int splits = 1; splits <= (may_split ? 64 : 1); splits *= 2) {
             const int64_t share = (steps + splits - 1) / splits;
-            const int64_t waves = (tiles * splits + processors - 1) / processors;
-            double time =
-                double(waves * share * tile.k) * (tile.m * tile.n + kLoad * (tile.m + tile.n));
+            const int64_t at_once = processors / tile.blocks;
+            const int64_t waves = (tiles * splits + at_once - 1) / at_once;
+            const double step = (tile.m * tile.n + kLoad * (tile.m + tile.n)) / tile.blocks;
+            double time = double(waves * share * tile.k) * step;
             if (size == TileSize::small && has_sm90()) time *= kSmallOnSm90;
             if (splits > 1) time += kLaunch + kPartial * splits * m * n;
             if (best_time != 0 && time >= best_time) continue;

@@ -374,7 +374,7 @@ struct PreactEpilogue {
         if (!column_sums) return;
         sync();
         const int column = origin.column + thread;
-        if (thread < sums.columns && column < extent.columns) {
+        if (thread < sums.columns && extent.contains({origin.row, column})) {
             float sum = 0.0f;
 #pragma unroll
             for (int row = 0; row < kBlockM; row += 16)

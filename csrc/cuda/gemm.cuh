@@ -31,19 +31,20 @@ struct Divisor {
     }
 };
 
-// Tiles go down kGroup at a time, so that those computed at once share operands in L2.
+// Tiles go down in groups of 2048 rows, so that those computed at once share operands in L2.
+constexpr int kGroupRows = 2048;
+
 struct TileOrder {
-    static constexpr int kGroup = 16;
     int down, across, count;  // count: of all splits
-    Divisor tiles, group;     // by down * across, by kGroup * across
+    Divisor tiles, group;     // by down * across, by those of a group
 
     TileOrder() = default;
-    TileOrder(int down, int across, int splits)
-        : down(down),
-          across(across),
+    TileOrder(int m, int n, int splits, int block_m, int block_n)
+        : down(ceil_div(m, block_m)),
+          across(ceil_div(n, block_n)),
           count(down * across * splits),
           tiles(down * across),
-          group(kGroup * across) {}
+          group(kGroupRows / block_m * across) {}
 };
 
 // A_0 B_0^T, (m, n), plus A_1 B_1^T with two terms. A kernel of two products computes A_0 B_0^T and
@@ -55,15 +56,15 @@ struct GemmArgs {
     TileOrder order;
 };
 
-// What a block computes next: the tile of each product at (row, column), over steps [first, last)
-// of the inner dim; those of the second term follow those of the first.
+// What a block, or a cluster of blocks, computes next: the tile of each product at (row, column),
+// over steps [first, last) of the inner dim; those of the second term follow those of the first.
 struct Work {
     int row, column, split, first, last;
 };
 
 template <int kBlockM, int kBlockN, int kBlockK>
 FASTATTN_DEVICE Work work_of(const GemmArgs& args, int index) {
-    constexpr int kGroup = TileOrder::kGroup;
+    constexpr int kGroup = kGroupRows / kBlockM;
     const TileOrder& order = args.order;
     const int split = order.tiles.divide(index), tile = index - split * order.down * order.across;
     const int group = order.group.divide(tile), within = tile - group * kGroup * order.across;
@@ -80,15 +81,17 @@ inline bool has_sm90() { return current_device().capability == 90; }
 
 enum class TileSize { small, medium, large };
 
-// Of a block: rows, columns (of both products, where there are two) and inner dim.
+// Rows, columns (of both products, where there are two) and inner dim of a tile that `blocks`, a
+// cluster of them, compute together: each as many of its rows.
 struct TileShape {
-    int m, n, k;
+    int m, n, k, blocks;
 };
 
 // The kernels' tiles by their sizes; small ones are sm_80's on every device.
 constexpr TileShape tile_shape(TileSize size, bool sm90, int products) {
-    if (size == TileSize::small) return {64, 64 * products, 64};
-    return {128, size == TileSize::medium ? 128 : 256, sm90 ? 64 : 32};
+    if (size == TileSize::small) return {64, 64 * products, 64, 1};
+    if (size == TileSize::medium) return {128, 128, sm90 ? 64 : 32, 1};
+    return sm90 ? TileShape{256, 256, 64, 2} : TileShape{128, 256, 32, 1};
 }
 
 struct GemmPlan {

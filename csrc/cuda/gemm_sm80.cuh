@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(Tiles::kThreads)
 
 template <Major kA, Major kB, class Tiles, class Epilogue>
 void gemm_sm80(GemmArgs args, const Epilogue& epilogue, void* stream) {
-    args.order = TileOrder(ceil_div(args.m, Tiles::kBlockM),
-                           ceil_div(args.n, Tiles::kBlockN / Epilogue::kProducts), args.splits);
+    args.order = TileOrder(args.m, args.n, args.splits, Tiles::kBlockM,
+                           Tiles::kBlockN / Epilogue::kProducts);
     launch(gemm_sm80_kernel<kA, kB, Tiles, Epilogue>, dim3(unsigned(args.order.count)),
            Tiles::kThreads, Tiles::kShared, stream, args, epilogue);
 }

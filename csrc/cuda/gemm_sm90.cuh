@@ -1,7 +1,8 @@
 // The matrix product on sm_90: one block a multiprocessor, which goes from tile to tile. A producer
-// warp has the copy engine fill a ring of kStages steps of both operands, and runs ahead into the
-// next tile; two warpgroups multiply them by wgmma, each 64 of the tile's 128 rows, and finish the
-// tile while the ring fills (as CUTLASS's persistent cooperative kernels).
+// thread has the copy engine fill a ring of kStages steps of both operands, and runs ahead into the
+// next tile; two warpgroups multiply them by wgmma, each 64 of the block's 128 rows, and finish the
+// tile while the ring fills (as CUTLASS's persistent cooperative kernels). The blocks of a cluster
+// compute tiles one below the other: each copies its share of the columns of B to all of them.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +18,11 @@ struct OperandMaps {
     TensorMap a[2], b[2];  // as in GemmArgs
 };
 
-// Shared memory of a tile of 128 rows by kBlockN columns, those of both products where there are
-// two: the operands, the epilogue's, then the barriers.
-template <int block_n>
+// Shared memory of a block's 128 rows by kBlockN columns, those of both products where there are
+// two: the operands, the epilogue's sums, then the barriers.
+template <int block_n, int cluster>
 struct TilingSm90 {
-    static constexpr int kBlockM = 128, kBlockN = block_n, kBlockK = 64;
+    static constexpr int kBlockM = 128, kBlockN = block_n, kBlockK = 64, kCluster = cluster;
     static constexpr int kStages = kBlockN == 256 ? 4 : 6;
     static constexpr int kABytes = kBlockM * kBlockK * 2, kBBytes = kBlockN * kBlockK * 2;
     static constexpr int kProducers = 128, kConsumers = 256;
@@ -53,18 +54,31 @@ struct Ring {
 };
 
 // Rows of m or n, outer to outer + kOuter, and 64 of the inner dim from `inner` on, as `major` has
-// them in memory: for Major::mn in panels of 64 columns, one after the other.
-template <Major major, int kOuter>
+// them in memory: for Major::mn in panels of 64 columns, one after the other. To kBlocks blocks.
+template <Major major, int kOuter, int kBlocks>
 FASTATTN_DEVICE void load_operand(SharedAddress to, const TensorMap* map, SharedAddress barrier,
                                   int outer, int inner) {
+    const auto load = [&](SharedAddress to, int c0, int c1) {
+        if constexpr (kBlocks == 1)
+            tma_load_4d(to, map, barrier, c0, c1, 0, 0);
+        else
+            tma_multicast_4d(to, map, barrier, c0, c1, 0, 0, (1 << kBlocks) - 1);
+    };
     if constexpr (major == Major::k) {
-        tma_load_4d(to, map, barrier, inner, outer, 0, 0);
+        load(to, inner, outer);
     } else {
 #pragma unroll
-        for (int i = 0; i < kOuter; i += 64)
-            tma_load_4d(to + i * 128, map, barrier, outer + i, inner, 0, 0);
+        for (int i = 0; i < kOuter; i += 64) load(to + i * 128, outer + i, inner);
     }
 }
+
+// B's columns arrive in pieces: one a product, or one a block of the cluster.
+template <class Tiles, class Epilogue>
+struct Pieces {
+    static constexpr int kCount = Tiles::kCluster > 1 ? Tiles::kCluster : Epilogue::kProducts;
+    static_assert(kCount % Epilogue::kProducts == 0);
+    static constexpr int kColumns = Tiles::kBlockN / kCount;
+};
 
 template <Major kA, Major kB, class Tiles, class Epilogue>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
@@ -75,33 +89,48 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     constexpr int kBlockM = Tiles::kBlockM, kBlockK = Tiles::kBlockK, kStages = Tiles::kStages;
     constexpr int kProducts = Epilogue::kProducts, kBlockN = Tiles::kBlockN / kProducts;
 
+    // Blocks of a cluster arrive at each other's barriers.
+    constexpr int kCluster = Tiles::kCluster;
+    const int rank = kCluster > 1 ? cluster_rank() : 0;
+    const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
+    const auto work_at = [&](int index) {
+        Work work = work_of<kCluster * kBlockM, kBlockN, kBlockK>(args, index);
+        work.row += rank * kBlockM;
+        return work;
+    };
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < kStages; ++slot) {
             mbarrier_init(Tiles::full(slot), 1);
-            mbarrier_init(Tiles::empty(slot), Tiles::kConsumers / 32);
+            mbarrier_init(Tiles::empty(slot), kCluster * Tiles::kConsumers / 32);
         }
         fence_mbarrier_init();
     }
-    barrier();
+    if constexpr (kCluster > 1)
+        cluster_barrier();
+    else
+        barrier();
 
     if (threadIdx.x < Tiles::kProducers) {
         registers_down<24>();
-        if (threadIdx.x != 0) return;
+        using B = Pieces<Tiles, Epilogue>;
         const int steps = ceil_div(args.k, kBlockK);
         Ring<kStages> ring;
-        for (int index = blockIdx.x; index < args.order.count; index += gridDim.x) {
-            const Work work = work_of<kBlockM, kBlockN, kBlockK>(args, index);
+        for (int index = cluster; threadIdx.x == 0 && index < args.order.count; index += clusters) {
+            const Work work = work_at(index);
+#pragma unroll 1
             for (int step = work.first; step < work.last; ++step) {
                 const int term = step >= steps, k = (step - term * steps) * kBlockK;
                 const SharedAddress full = Tiles::full(ring.slot);
                 mbarrier_wait(Tiles::empty(ring.slot), ring.parity ^ 1);
                 mbarrier_arrive_expect(full, Tiles::kABytes + Tiles::kBBytes);
-                load_operand<kA, kBlockM>(Tiles::a(ring.slot), &maps.a[term], full, work.row, k);
+                load_operand<kA, kBlockM, 1>(Tiles::a(ring.slot), &maps.a[term], full, work.row, k);
 #pragma unroll
-                for (int product = 0; product < kProducts; ++product)
-                    load_operand<kB, kBlockN>(Tiles::b(ring.slot) + product * kBlockN * 128,
-                                              &maps.b[kProducts == 2 ? product : term], full,
-                                              work.column, k);
+                for (int i = 0; i < B::kCount; i += kCluster) {
+                    const int piece = i + rank, at = piece * B::kColumns;
+                    load_operand<kB, B::kColumns, kCluster>(
+                        Tiles::b(ring.slot) + at * 128, &maps.b[kProducts == 2 ? piece : term],
+                        full, work.column + (kProducts == 2 ? 0 : at), k);
+                }
                 ring.advance();
             }
         }
@@ -112,11 +141,13 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         // The first 64 rows or the others: 8 KB in both layouts, as is a panel.
         const int a_offset = warp / 4 * 64 * 128;
         const auto release = [&](int slot) {
-            if (thread % 32 == 0) mbarrier_arrive(Tiles::empty(slot));
+            const int lane = thread % 32;
+            if (kCluster > 1 && lane < kCluster) mbarrier_arrive_at(Tiles::empty(slot), lane);
+            if (kCluster == 1 && lane == 0) mbarrier_arrive(Tiles::empty(slot));
         };
         Ring<kStages> ring;
-        for (int index = blockIdx.x; index < args.order.count; index += gridDim.x) {
-            const Work work = work_of<kBlockM, kBlockN, kBlockK>(args, index);
+        for (int index = cluster; index < args.order.count; index += clusters) {
+            const Work work = work_at(index);
             float acc[Tiles::kBlockN / 2];
             int read = 0;  // the slot of the step before
             for (int step = work.first; step < work.last; ++step) {
@@ -148,6 +179,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
                                                   [] { barrier_sync(1, Tiles::kConsumers); });
         }
     }
+    // None leaves while others may still reach its shared memory.
+    if constexpr (kCluster > 1) cluster_barrier();
 }
 
 // `outers` rows of m or n and `inners` of the inner dim; `box` of the outers at once.
@@ -165,28 +198,29 @@ TensorMap map_operand(const Matrix& matrix, int outers, int inners, int box) {
 template <Major kA, Major kB, class Tiles, class Epilogue>
 void launch_sm90(GemmArgs args, const Epilogue& epilogue, void* stream) {
     using T = typename Epilogue::Element;
-    constexpr int kBlockN = Tiles::kBlockN / Epilogue::kProducts;
+    constexpr int kCluster = Tiles::kCluster;
     OperandMaps maps;
     for (int i = 0; i < 2; ++i) {
         // Where there is one only, it stands for both.
         const Matrix& a = args.a[args.terms == 2 ? i : 0];
         const Matrix& b = args.b[args.terms == 2 || Epilogue::kProducts == 2 ? i : 0];
         maps.a[i] = map_operand<T, kA>(a, args.m, args.k, Tiles::kBlockM);
-        maps.b[i] = map_operand<T, kB>(b, args.n, args.k, kBlockN);
+        maps.b[i] = map_operand<T, kB>(b, args.n, args.k, Pieces<Tiles, Epilogue>::kColumns);
     }
-    args.order =
-        TileOrder(ceil_div(args.m, Tiles::kBlockM), ceil_div(args.n, kBlockN), args.splits);
-    const int blocks = std::min(args.order.count, current_device().processors);
-    launch(gemm_sm90_kernel<kA, kB, Tiles, Epilogue>, dim3(unsigned(blocks)), Tiles::kThreads,
-           Tiles::kShared, stream, maps, args, epilogue);
+    args.order = TileOrder(args.m, args.n, args.splits, kCluster * Tiles::kBlockM,
+                           Tiles::kBlockN / Epilogue::kProducts);
+    const int clusters = std::min(args.order.count, current_device().processors / kCluster);
+    launch_clusters(kCluster, gemm_sm90_kernel<kA, kB, Tiles, Epilogue>,
+                    dim3(unsigned(kCluster * clusters)), Tiles::kThreads, Tiles::kShared, stream,
+                    maps, args, epilogue);
 }
 
 template <Major kA, Major kB, class Epilogue>
 void gemm_sm90(const GemmArgs& args, const Epilogue& epilogue, TileSize size, void* stream) {
     if (size == TileSize::medium)
-        launch_sm90<kA, kB, TilingSm90<128>>(args, epilogue, stream);
+        launch_sm90<kA, kB, TilingSm90<128, 1>>(args, epilogue, stream);
     else
-        launch_sm90<kA, kB, TilingSm90<256>>(args, epilogue, stream);
+        launch_sm90<kA, kB, TilingSm90<256, 2>>(args, epilogue, stream);
 }
 
 }  // namespace fastattn::cuda

@@ -32,8 +32,24 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, vo
     check(cudaGetLastError(), "launch");
 }
 
-// Multiprocessors of the current device, its compute capability as 10 * major + minor, and the bytes
-// of shared memory that a block may have.
+// The same in clusters of `cluster` blocks, one after the other along x, of sm_90.
+template <class... Params, class... Args>
+void launch_clusters(int cluster, void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
+                     void* stream, const Args&... args) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+          "shared memory");
+    cudaLaunchAttribute dimension{};
+    dimension.id = cudaLaunchAttributeClusterDimension;
+    dimension.val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &dimension, config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
+}
+
+// Multiprocessors of the current device, its compute capability as 10 * major + minor, and the
+// bytes of shared memory that a block may have.
 struct Device {
     int processors, capability, shared;
 };

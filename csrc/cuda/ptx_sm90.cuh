@@ -43,6 +43,27 @@ FASTATTN_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
         : "memory");
 }
 
+// Blocks of a cluster: this one's number, a barrier of all their threads, and mbarrier_arrive at
+// what block `rank` has at the address of `barrier`.
+FASTATTN_DEVICE int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+FASTATTN_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+FASTATTN_DEVICE void mbarrier_arrive_at(SharedAddress barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 // One thread copies the box of `map` that begins at element (c0 innermost, c1, c2, c3), zeros
 // beyond the tensor's edges, and has its bytes count at `barrier`. `to`: 128-byte aligned,
 // 1024-byte with the 128-byte swizzle.
@@ -54,7 +75,17 @@ FASTATTN_DEVICE void tma_load_4d(SharedAddress to, const TensorMap* map, SharedA
         "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
-// The same the other way; what lies beyond the tensor's edges is not written. In this thread's
+// The same to each block of the cluster that has a bit in `blocks`: `to` and `barrier` are
+// addresses in each.
+FASTATTN_DEVICE void tma_multicast_4d(SharedAddress to, const TensorMap* map, SharedAddress barrier,
+                                      int c0, int c1, int c2, int c3, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
+        : "memory");
+}
+// tma_load_4d the other way; what lies beyond the tensor's edges is not written. In this thread's
 // current bulk group.
 FASTATTN_DEVICE void tma_store_4d(const TensorMap* map, SharedAddress from, int c0, int c1, int c2,
                                   int c3) {
