@@ -205,7 +205,7 @@ def test_rows_that_do_not_begin_at_16_bytes_are_copied():
     for tensor in (
         wide[:, 1:17],
         wide.T,
-        wide[:, ::2],
+        wide[:, :32:2],
         torch.randn(6, 36).half()[:, :8],
         wide[0, 1:9],
     ):
