@@ -11,16 +11,14 @@
 #include <algorithm>
 
 #include "cuda/attention_dq.cuh"
+#include "cuda/attention_sm90.cuh"
 #include "cuda/attention_softmax.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/wgmma.cuh"
 
 namespace fastattn::cuda {
 namespace {
 
-constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kPanel = 64;  // columns of a tile's panels, whose rows are 128 bytes
 constexpr int kConsumersBarrier = 1;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
@@ -134,16 +132,6 @@ FASTATTN_DEVICE void each_step(const AttentionArgs& a, const Own& own, F f) {
         }
 }
 
-// One thread copies kColumns columns of kRows rows, from `row` on, of a head.
-template <int kRows, int kColumns>
-FASTATTN_DEVICE void copy_tile(SharedAddress to, const TensorMap* map, SharedAddress full, int row,
-                               int head, int batch) {
-    mbarrier_arrive_expect(full, kRows * kColumns * 2);
-#pragma unroll
-    for (int panel = 0; panel < kColumns / kPanel; ++panel)
-        tma_load_4d(to + panel * kRows * 128, map, full, panel * kPanel, row, head, batch);
-}
-
 struct Maps {
     TensorMap q, k, v, dout;
 };
@@ -214,12 +202,6 @@ FASTATTN_DEVICE void add_dq(const AttentionBwdArgs& a, const Own& own, Shared<C>
     bulk_wait<0>();
 }
 
-// The accumulators of wgmma, tile by tile of 8 columns, as it takes them.
-template <int kTiles>
-FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
-    return reinterpret_cast<float (&)[4 * kTiles]>(tiles);
-}
-
 // products (64, kBlockM) = keys (64, kHeadDim) queries^T, asynchronously.
 template <class C>
 FASTATTN_DEVICE void multiply_queries(float (&products)[C::kBlockM / 8][4], SharedAddress keys,
@@ -264,15 +246,10 @@ FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAd
     wgmma_commit();
 }
 
-// All consumers write zeros over rows [row, kRows) of a tile, before any of them reads it: what
-// lies beyond a sequence may be NaN, which weights of 0 would not hide.
+// This consumer's share of clear_rows, before any of them reads the tile; then all meet.
 template <int kRows, int kColumns>
-FASTATTN_DEVICE void clear_rows(SharedAddress tile, int row) {
-    const int chunks = (kRows - row) * 8;  // of 16 bytes, in a panel
-    for (int panel = 0; panel < kColumns / kPanel; ++panel)
-#pragma unroll 1
-        for (int i = int(threadIdx.x) - kWarpgroup; i < chunks; i += kConsumers * kWarpgroup)
-            st_shared(tile + (panel * kRows + row) * 128 + i * 16, uint4{0, 0, 0, 0});
+FASTATTN_DEVICE void clear(SharedAddress tile, int row) {
+    clear_rows<kRows, kColumns>(tile, row, threadIdx.x - kWarpgroup, kConsumers * kWarpgroup);
 }
 FASTATTN_DEVICE void consumers_meet() {
     fence_proxy_async();
@@ -297,39 +274,6 @@ FASTATTN_DEVICE void weights(const AttentionArgs& a, const Sequence& s, float (&
     }
 }
 
-// Writes rows of acc (64, kHeadDim), times `factor`, 16 bytes a thread.
-template <class T, int kTiles>
-FASTATTN_DEVICE void write_rows(const float (&acc)[kTiles][4], float factor, T* to,
-                                int64_t row_stride, int row, int rows, int columns) {
-    const int lane = threadIdx.x % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int first = 0; first < kTiles; first += 4) {
-            // Of four tiles of 8 columns each lane has two columns; each writes one tile's.
-            uint32_t x[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                x[i] = pack<T>(acc[first + i][2 * half] * factor,
-                               acc[first + i][2 * half + 1] * factor);
-#pragma unroll
-            for (int distance = 1; distance <= 2; distance *= 2) {
-                const bool upper = threadIdx.x & distance;
-#pragma unroll
-                for (int pair = 0; pair < 2; ++pair) {
-                    const int i = pair * (distance == 1 ? 2 : 1);
-                    const uint32_t other = shuffle_xor(upper ? x[i] : x[i + distance], distance);
-                    x[i] = upper ? other : x[i];
-                    x[i + distance] = upper ? x[i + distance] : other;
-                }
-            }
-            const int column = 8 * (first + lane), i = row + 8 * half;
-            if (i < rows && column < columns)
-                st_global(reinterpret_cast<uint4*>(to + i * row_stride + column),
-                          uint4{x[0], x[1], x[2], x[3]});
-        }
-}
-
 // What a consumer does: its 64 keys with every block of queries.
 template <class C>
 FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C> shared,
@@ -347,8 +291,8 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
     if (own.rows.begin < own.rows.end) {
         mbarrier_wait(shared.kv_full(), 0);
         if ((a.cu_seqlens_k || a.seqlens_k) && keys < C::kBlockN) {
-            clear_rows<C::kBlockN, kHeadDim>(shared.k(), keys);
-            clear_rows<C::kBlockN, kHeadDim>(shared.v(), keys);
+            clear<C::kBlockN, kHeadDim>(shared.k(), keys);
+            clear<C::kBlockN, kHeadDim>(shared.v(), keys);
             consumers_meet();
         }
     }
@@ -360,8 +304,8 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
         mbarrier_wait(shared.q_full(stage), parity);
         if (a.cu_seqlens_q && s.seqlen_q - first_row < kBlockM) {
             mbarrier_wait(shared.dout_full(stage), parity);
-            clear_rows<kBlockM, kHeadDim>(q, s.seqlen_q - first_row);
-            clear_rows<kBlockM, kHeadDim>(dout, s.seqlen_q - first_row);
+            clear<kBlockM, kHeadDim>(q, s.seqlen_q - first_row);
+            clear<kBlockM, kHeadDim>(dout, s.seqlen_q - first_row);
             consumers_meet();
         }
         multiply_queries<C>(scores, k_rows, q);
@@ -424,15 +368,18 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
         ++step;
     });
 
-    const auto own_rows = [&](void* to, const Strides& strides) {
-        return static_cast<T*>(to) + row_offset(strides, a.cu_seqlens_k, own.batch, own.head_kv,
-                                                s.start_k, own.first_key);
+    const auto write = [&](const auto& acc, void* to, const Strides& strides, int columns) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = key + 8 * half;
+            T* const from_row = static_cast<T*>(to) + row_offset(strides, a.cu_seqlens_k, own.batch,
+                                                                 own.head_kv, s.start_k, row);
+            write_row(acc, half, from_row, row < own.first_key + own.rows_k, columns);
+        }
     };
-    const int row = key - own.first_key;
-    write_rows(dk, a.softmax_scale, own_rows(a.dk, a.dk_strides), a.dk_strides.row, row, own.rows_k,
-               a.head_dim);
-    write_rows(dv, 1.0f, own_rows(a.dv, a.dv_strides), a.dv_strides.row, row, own.rows_k,
-               a.head_dim_v);
+    multiply_rows(dk, {a.softmax_scale, a.softmax_scale});
+    write(dk, a.dk, a.dk_strides, a.head_dim);
+    write(dv, a.dv, a.dv_strides, a.head_dim_v);
 }
 
 template <class C>
@@ -458,23 +405,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         registers_up<kConsumerRegisters>();
         consume<C>(a, own, shared, warpgroup - 1);
     }
-}
-
-// A tensor (batch, heads, seqlen, head_dim), of which a copy moves `rows` rows of a panel. Packed
-// sequences are one, of `total` rows.
-template <class T>
-TensorMap map_of(const void* tensor, const Strides& strides, int batch, int heads, int seqlen,
-                 int head_dim, bool packed, int total, int rows) {
-    if (packed) batch = 1, seqlen = total;
-    // The stride of a dim of size 1 may be anything.
-    const auto stride_of = [](int64_t stride, int size) { return size == 1 ? 8 : stride; };
-    return make_tensor_map({same<T, bfloat16> ? Element::bfloat16 : Element::float16,
-                            tensor,
-                            {head_dim, seqlen, heads, batch},
-                            {1, stride_of(strides.row, seqlen), stride_of(strides.head, heads),
-                             stride_of(strides.batch, batch)},
-                            {kPanel, rows, 1, 1},
-                            true});
 }
 
 template <class C>
@@ -506,25 +436,20 @@ void launch_dtype(const AttentionBwdArgs& a) {
     launch_bwd<Config<T, 128, 64>>(a);
 }
 
-// Copies do not repeat rows (stride 0).
-bool repeats(const Strides& strides, int batch, int heads, int seqlen) {
-    return (batch > 1 && strides.batch == 0) || (heads > 1 && strides.head == 0) ||
-           (seqlen > 1 && strides.row == 0);
-}
-
 }  // namespace
 
 bool attention_bwd_sm90_takes(const AttentionBwdArgs& a) {
     const int head_dim = padded_head_dim(a);
-    const int batch_q = a.cu_seqlens_q ? 1 : a.batch, batch_k = a.cu_seqlens_k ? 1 : a.batch;
-    const int rows_q = a.cu_seqlens_q ? a.total_q : a.seqlen_q;
-    const int rows_k = a.cu_seqlens_k ? a.total_k : a.seqlen_k;
+    const auto of_queries = [&](const Strides& strides) {
+        return mappable(strides, a.batch, a.heads, a.seqlen_q, a.cu_seqlens_q, a.total_q);
+    };
+    const auto of_keys = [&](const Strides& strides) {
+        return mappable(strides, a.batch, a.heads_kv, a.seqlen_k, a.cu_seqlens_k, a.total_k);
+    };
     return current_device().capability == 90 && (head_dim == 64 || head_dim == 128) &&
-           a.softcap == 0.0f && !a.alibi_slopes && !a.seed && !a.deterministic && rows_q > 0 &&
-           rows_k > 0 && !repeats(a.q_strides, batch_q, a.heads, rows_q) &&
-           !repeats(a.dout_strides, batch_q, a.heads, rows_q) &&
-           !repeats(a.k_strides, batch_k, a.heads_kv, rows_k) &&
-           !repeats(a.v_strides, batch_k, a.heads_kv, rows_k);
+           a.softcap == 0.0f && !a.alibi_slopes && !a.seed && !a.deterministic &&
+           of_queries(a.q_strides) && of_queries(a.dout_strides) && of_keys(a.k_strides) &&
+           of_keys(a.v_strides);
 }
 
 void attention_bwd_sm90(const AttentionBwdArgs& a) {

@@ -155,33 +155,13 @@ struct Rows {
     float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, rescale[2];
 };
 
-// All consumers write zeros over the values of a tile from `row` on, before any of them reads it:
-// what lies beyond a sequence may be NaN, which weights of 0 would not hide.
+// All consumers write zeros over the values of a tile from `row` on, before any of them reads it.
 template <class C>
 FASTATTN_DEVICE void clear_values(SharedAddress v, int row) {
     constexpr int kThreads = C::kConsumers * kWarpgroup;
-    const int chunks = (C::kBlockN - row) * 8;  // of 16 bytes, in a panel
-#pragma unroll
-    for (int panel = 0; panel < C::kHeadDimV / kPanel; ++panel)
-        for (int i = int(threadIdx.x) - kWarpgroup; i < chunks; i += kThreads)
-            st_shared(v + (panel * C::kBlockN + row) * 128 + i * 16, uint4{0, 0, 0, 0});
+    clear_rows<C::kBlockN, C::kHeadDimV>(v, row, threadIdx.x - kWarpgroup, kThreads);
     fence_proxy_async();
     barrier_sync(kConsumersBarrier, kThreads);
-}
-
-// Transposes 4 x 4 words between four neighbouring lanes, which hold a column each.
-FASTATTN_DEVICE void transpose(uint32_t (&x)[4]) {
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
-        const bool upper = threadIdx.x & distance;
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            const int i = pair * (distance == 1 ? 2 : 1);
-            const uint32_t other = shuffle_xor(upper ? x[i] : x[i + distance], distance);
-            x[i] = upper ? other : x[i];
-            x[i + distance] = upper ? x[i + distance] : other;
-        }
-    }
 }
 
 // Writes acc (64, kHeadDimV) over the sums of weights, and the log-sum-exps, of this thread's rows.
@@ -214,20 +194,7 @@ FASTATTN_DEVICE void write_rows(const AttentionFwdArgs& args, const Work& w,
         T* const out =
             static_cast<T*>(args.out) +
             row_offset(args.out_strides, args.cu_seqlens_q, w.batch, w.head, w.sequence.start_q, i);
-#pragma unroll
-        for (int first = 0; first < C::kHeadDimV; first += 32) {
-            // Of four groups of 8 columns each lane has two columns; each writes one group.
-            uint32_t x[4];
-#pragma unroll
-            for (int group = 0; group < 4; ++group) {
-                const float* pair = &acc[first / 8 + group][2 * half];
-                x[group] = pack<T>(pair[0], pair[1]);
-            }
-            transpose(x);
-            const int column = first + 8 * lane;
-            if (i < w.sequence.seqlen_q && column < args.head_dim_v)
-                st_global(reinterpret_cast<uint4*>(out + column), uint4{x[0], x[1], x[2], x[3]});
-        }
+        write_row(acc, half, out, i < w.sequence.seqlen_q, args.head_dim_v);
     }
 }
 

@@ -25,6 +25,53 @@ FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
     return reinterpret_cast<float (&)[4 * kTiles]>(tiles);
 }
 
+// Writes zeros over rows [row, kRows) of a tile; this is one of `threads` threads that do. What
+// lies beyond a sequence may be NaN, which weights of 0 would not hide.
+template <int kRows, int kColumns>
+FASTATTN_DEVICE void clear_rows(SharedAddress tile, int row, int thread, int threads) {
+    const int chunks = (kRows - row) * 8;  // of 16 bytes, in a panel
+    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+#pragma unroll 1
+        for (int i = thread; i < chunks; i += threads)
+            st_shared(tile + (panel * kRows + row) * 128 + i * 16, uint4{0, 0, 0, 0});
+}
+
+// Transposes 4 x 4 words between four neighbouring lanes, which hold a column each.
+FASTATTN_DEVICE void transpose(uint32_t (&x)[4]) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+        const bool upper = threadIdx.x & distance;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const int i = pair * (distance == 1 ? 2 : 1);
+            const uint32_t other = shuffle_xor(upper ? x[i] : x[i + distance], distance);
+            x[i] = upper ? other : x[i];
+            x[i + distance] = upper ? x[i + distance] : other;
+        }
+    }
+}
+
+// Writes this lane's row of a half of acc (16, 8 * kTiles), if it is one of the tensor's, up to
+// column `columns`.
+template <class T, int kTiles>
+FASTATTN_DEVICE void write_row(const float (&acc)[kTiles][4], int half, T* to, bool inside,
+                               int columns) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile += 4) {
+        // Of four tiles of 8 columns each lane has two columns; each writes one tile's.
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float* pair = &acc[tile + i][2 * half];
+            x[i] = pack<T>(pair[0], pair[1]);
+        }
+        transpose(x);
+        const int column = 8 * (tile + threadIdx.x % 4);
+        if (inside && column < columns)
+            st_global(reinterpret_cast<uint4*>(to + column), uint4{x[0], x[1], x[2], x[3]});
+    }
+}
+
 // Host. A tensor (batch, heads, seqlen, head_dim), of which a copy moves `rows` rows of a panel.
 // Packed sequences are one, of `total` rows.
 template <class T>
