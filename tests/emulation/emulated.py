@@ -47,9 +47,6 @@ def module() -> ModuleType:
     flags = [word for folder in includes for word in ("-isystem", folder)]
     path = build("emulated", sorted(sources), flags)
     spec = importlib.util.spec_from_file_location("emulated", path)
-    import os, sys
-
-    sys.setdlopenflags(os.RTLD_LAZY)  # noqa: for now, kernels may be missing
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
