@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import cli
+from fastattn import cli, info
 from fastattn.backends import BACKENDS
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
@@ -71,6 +71,15 @@ def test_info_text_has_a_line_for_each_backend(capsys):
     lines = capsys.readouterr().out.splitlines()
     for backend in BACKENDS:
         assert any(line.startswith(f"{backend.NAME} ") for line in lines)
+
+
+def test_info_says_why_cuda_kernels_are_idle():
+    facts = info.collect()
+    facts["native"]["cuda"], facts["cuda"]["idle"] = True, ["no NVIDIA driver", "no CUDA in torch"]
+    line = re.search(r"^CUDA kernels +(.*)$", info.render(facts), re.M)[1]
+    assert line == "built, idle: no NVIDIA driver; no CUDA in torch"
+    facts["cuda"]["idle"] = []
+    assert re.search(r"^CUDA kernels +built$", info.render(facts), re.M)
 
 
 def test_info_says_where_tuned_configurations_lie(capsys, monkeypatch, tmp_path):

@@ -109,6 +109,19 @@ def test_other_ops(sm80):
 
 
 @needs_emulation
+def test_attention_compiles_as_one_graph(sm80):
+    q, k, v = (tensor.requires_grad_() for tensor in qkv(seqlen=20))
+
+    def call(q, k, v):
+        return fastattn.attention(q, k, v, causal=True, deterministic=True).float().sin().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(call(q, k, v), (q, k, v))
+    traced = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced))
+
+
+@needs_emulation
 def test_what_a_kernel_was_not_given_it_may_not_touch(sm80):
     kernels, x = device.kernels, torch.randn(4, 64)
     where, rows = device.where(x), (x.data_ptr(), (0, 0, 64, 1))

@@ -35,12 +35,12 @@ def check(q, k, v, *, bias=None, sinks=None, slack=2.0, **kwargs):
     shape = (*q.shape[:3], v.shape[-1])
     grads = torch.randn(shape, dtype=torch.float64), torch.randn(shape[:3], dtype=torch.float64)
     grads = grads[0].to(q.dtype).double(), grads[1].float().double()
-    wide = {name: t.double() for name, t in tensors.items()}
-    exact = run(oracle.attention, wide, grads, **kwargs)
-    rounded = run(oracle.attention, tensors, grads, **rounded_kwargs(kwargs, q.dtype))
     got = run(
         lambda **inputs: fastattn.attention(**inputs, return_lse=True, **kwargs), tensors, grads
     )
+    wide = {name: t.double() for name, t in tensors.items()}
+    exact = run(oracle.attention, wide, grads, **kwargs)
+    rounded = run(oracle.attention, tensors, grads, **rounded_kwargs(kwargs, q.dtype))
     for name, value in got.items():
         # float32 tensors of a half-precision call carry the call's rounding, not only their own.
         oracle.check_close(name, value, exact[name], rounded[name], q.dtype, slack)
