@@ -118,9 +118,8 @@ struct Dropout {
     uint32_t threshold;
     float keep_scale;
 
-    // Bit 4 j + 2 h + e tells whether element [j][2 h + e] of the slice is kept.
+    // Bit 4 j + 2 h + e tells whether element [j][2 h + e] of the slice at `at` is kept.
     FASTATTN_DEVICE uint32_t kept(At at) const {
-        if (!seed) return ~0u;
         const uint64_t key = ld_readonly(seed);
         const int lane = threadIdx.x % 32;
         uint32_t bits = 0;
@@ -137,10 +136,11 @@ struct Dropout {
         }
         return bits;
     }
-    // Of pair [j][h].
-    FASTATTN_DEVICE float2 factors(uint32_t kept, int j, int h) const {
-        const uint32_t bits = kept >> (4 * j + 2 * h);
-        return {bits & 1 ? keep_scale : 0.0f, bits & 2 ? keep_scale : 0.0f};
+    FASTATTN_DEVICE void apply(Slice& slice, uint32_t kept) const {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) slice[j][i] *= kept >> (4 * j + i) & 1 ? keep_scale : 0.0f;
     }
 };
 
@@ -219,39 +219,38 @@ struct HiddenEpilogue {
     template <int slices, class Local>
     FASTATTN_DEVICE void run(Slice (&sums)[slices], At origin, int, Local local, SliceSums) const {
         constexpr int kOfProduct = slices / kProducts;
-        Slice &gate = sums[0], &up = sums[slices - kOfProduct];  // one and the same of one product
-#pragma unroll 1
-        for (int s = 0; s < kOfProduct; ++s, advance(sums)) {
-            const At at = origin + local(s);
-            if (bias) add_bias(gate, bias, extent.columns, at);
-            if (preact) {
-                store_slice(preact, extent, at, gate);
-                if constexpr (gated) store_slice(preact + extent.size(), extent, at, up);
-            }
-            if (!hidden) continue;
-            with_activation(activation, [&](auto act) {
+        uint32_t kept[kOfProduct] = {};
+        if (!gated && dropout.seed) {
 #pragma unroll
-                for (int j = 0; j < 8; ++j)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const float value = act.value(gate[j][i]);
-                        gate[j][i] = gated ? value * up[j][i] : value;
-                    }
-            });
-            if constexpr (!gated) {
-                if (dropout.seed) {
-                    const uint32_t kept = dropout.kept(at);
-#pragma unroll
-                    for (int j = 0; j < 8; ++j)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const float2 factor = dropout.factors(kept, j, h);
-                            gate[j][2 * h] *= factor.x, gate[j][2 * h + 1] *= factor.y;
-                        }
-                }
-            }
-            store_slice(hidden, extent, at, gate);
+            for (int s = 0; s < kOfProduct; ++s) kept[s] = dropout.kept(origin + local(s));
         }
+        with_activation(activation, [&](auto act) {
+#pragma unroll
+            for (int s = 0; s < kOfProduct; ++s)
+                // Of one product, up is gate.
+                finish_slice(act, sums[s], sums[s + slices - kOfProduct], origin + local(s),
+                             kept[s]);
+        });
+    }
+
+  private:
+    template <class Act>
+    FASTATTN_DEVICE void finish_slice(Act act, Slice& gate, Slice& up, At at, uint32_t kept) const {
+        if (bias) add_bias(gate, bias, extent.columns, at);
+        if (preact) {
+            store_slice(preact, extent, at, gate);
+            if constexpr (gated) store_slice(preact + extent.size(), extent, at, up);
+        }
+        if (!hidden) return;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float value = act.value(gate[j][i]);
+                gate[j][i] = gated ? value * up[j][i] : value;
+            }
+        if (!gated && dropout.seed) dropout.apply(gate, kept);
+        store_slice(hidden, extent, at, gate);
     }
 };
 
@@ -288,7 +287,12 @@ struct PreactEpilogue {
 #pragma unroll 1
         for (int s = 0; s < slices; ++s, advance(sums)) {
             const At at = origin + local(s);
-            const uint32_t kept = gated ? 0 : dropout.kept(at);
+            const bool drops = !gated && dropout.seed;
+            uint32_t kept = 0;
+            if (drops) {
+                kept = dropout.kept(at);
+                dropout.apply(sums[0], kept);
+            }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 HalfRow now[kMatrices][2];
@@ -311,10 +315,8 @@ struct PreactEpilogue {
                         for (int h = 0; h < 2; ++h) {
                             const int j = 4 * half + k;
                             float (&pair)[2] = reinterpret_cast<float (&)[2]>(sums[0][j][2 * h]);
-                            const float2 factor = dropout.factors(kept, j, h);
-                            const float2 gradient =
-                                differentiate(act, pair, factor, now[0][h].words[k],
-                                              now[kMatrices - 1][h].words[k]);
+                            const float2 gradient = differentiate(act, pair, now[0][h].words[k],
+                                                                  now[kMatrices - 1][h].words[k]);
                             column_sum[k].x += gradient.x, column_sum[k].y += gradient.y;
                         }
                 });
@@ -327,15 +329,17 @@ struct PreactEpilogue {
                         now[matrix][h].store(dpreact + matrix * extent.size(), extent,
                                              HalfRow::place(at, half, h));
             }
-            if (hidden) store_slice(hidden, extent, at, sums[0]);
+            if (!hidden) continue;
+            if (drops) dropout.apply(sums[0], kept);
+            store_slice(hidden, extent, at, sums[0]);
         }
     }
 
     // Of a pair of elements: gate and up become their gradients, d, hidden's gradient, becomes
     // hidden. Returns gate's gradient, not rounded.
     template <class Act>
-    static FASTATTN_DEVICE float2 differentiate(Act act, float (&d)[2], float2 factor,
-                                                uint32_t& gate, uint32_t& up) {
+    static FASTATTN_DEVICE float2 differentiate(Act act, float (&d)[2], uint32_t& gate,
+                                                uint32_t& up) {
         const float2 before = unpack<T>(gate);
         const ValueAndSlope low = act.both(before.x), high = act.both(before.y);
         float2 gradient;
@@ -345,8 +349,8 @@ struct PreactEpilogue {
             up = pack<T>(d[0] * low.value, d[1] * high.value);
             d[0] = low.value * by.x, d[1] = high.value * by.y;
         } else {
-            gradient = {d[0] * factor.x * low.slope, d[1] * factor.y * high.slope};
-            d[0] = low.value * factor.x, d[1] = high.value * factor.y;
+            gradient = {d[0] * low.slope, d[1] * high.slope};
+            d[0] = low.value, d[1] = high.value;
         }
         gate = pack<T>(gradient.x, gradient.y);
         return gradient;

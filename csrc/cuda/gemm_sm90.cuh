@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         barrier();
 
     if (threadIdx.x < Tiles::kProducers) {
-        registers_down<24>();
+        registers_down<40>();
         using B = Pieces<Tiles, Epilogue>;
         const int steps = ceil_div(args.k, kBlockK);
         Ring<kStages> ring;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
             }
         }
     } else {
-        registers_up<240>();
+        registers_up<232>();
         constexpr int kSlices = Tiles::kBlockN / 64;
         const int thread = threadIdx.x - Tiles::kProducers, warp = thread / 32;
         // The first 64 rows or the others: 8 KB in both layouts, as is a panel.
@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
             const Work work = work_at(index);
             float acc[Tiles::kBlockN / 2];
             int read = 0;  // the slot of the step before
+#pragma unroll 1
             for (int step = work.first; step < work.last; ++step) {
                 mbarrier_wait(Tiles::full(ring.slot), ring.parity);
                 const SharedAddress a = Tiles::a(ring.slot) + a_offset, b = Tiles::b(ring.slot);

@@ -43,8 +43,9 @@ FASTATTN_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
         : "memory");
 }
 
-// Blocks of a cluster: this one's number, a barrier of all their threads, and mbarrier_arrive at
-// what block `rank` has at the address of `barrier`.
+// Blocks of a cluster: this one's number, and a barrier of all their threads. mbarrier_arrive_at
+// arrives at what block `rank` has at the address of `barrier`; it tells that block of what wgmma
+// and the copy engine have done, but of no ordinary stores: that would cost a fence of the device.
 FASTATTN_DEVICE int cluster_rank() {
     int rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -58,7 +59,7 @@ FASTATTN_DEVICE void mbarrier_arrive_at(SharedAddress barrier, int rank) {
         "{\n"
         ".reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
         "}\n" ::"r"(barrier),
         "r"(rank)
         : "memory");
