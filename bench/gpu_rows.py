@@ -92,7 +92,7 @@ def attention(device: str, sizes: Sizes) -> Iterator[Case]:
     for dtype, head_dim, causal in itertools.product(
         ("bf16", "fp16"), (64, 128, 256), (False, True)
     ):
-        heads = sizes.hidden // head_dim
+        heads = max(1, sizes.hidden // head_dim)
         for seqlen in sizes.seqlens:
             batch = sizes.tokens // seqlen
             flops = 4 * batch * heads * head_dim * visible(seqlen, causal)

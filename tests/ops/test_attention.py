@@ -197,6 +197,11 @@ EXTRAS = {
         causal=True,
     ),
     "dropout": lambda: dict(dropout_p=0.3, seed=2**40 + 7),
+    "no-mask-or-bias": lambda: dict(
+        dropout_p=0.1, seed=3, causal=True, offset=40, window=(50, None), softcap=4.0,
+        alibi_slopes=torch.rand(4), sinks=torch.randn(4),
+        seqlens_k=torch.tensor([100, 80], dtype=torch.int32),
+    ),
     "everything": lambda: dict(
         dropout_p=0.1, seed=3, causal=True, offset=40, window=(50, None), softcap=4.0,
         alibi_slopes=torch.rand(4), sinks=torch.randn(4), bias=torch.randn(4, 67, 100),
