@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc fastattn kernels -name '*.py' -o -name '*.cpp' \
 	-o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed' -o -name '*.pyi')
-CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard $(addprefix tests/*/*,.cpp .h))
 
 .PHONY: demo test lint format aot cuda bench bench-cpu sanitize sanitize-threads clean
 

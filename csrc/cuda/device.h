@@ -11,13 +11,13 @@ std::string device_refusal(int device);
 
 // Makes a device the current one of this thread as long as it lives.
 class OnDevice {
-public:
+  public:
     explicit OnDevice(int device);
     ~OnDevice();
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;
 
-private:
+  private:
     int before_, device_;
 };
 
