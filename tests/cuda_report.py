@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build/cuda-report"
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}", "-Xptxas", "-v")
-SM90, SM80 = ("sm_90a",), ("sm_80", "sm_100")
+DEFAULT = ("sm_80", "sm_100", "sm_90a")
 # The kernels that make no matrix products, by the middle of their names.
 PLAIN = ("delta", "dq", "combine", "softmax", "sum_rows", "probe")
 MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_90a": "HGMMA", "sm_100": "HMMA"}
@@ -68,9 +68,9 @@ class Compiled(NamedTuple):
     faults: list[str]
 
 
-def targets(source: Path) -> tuple[str, ...]:
-    """As setup.py has it: files of sm_90 for it alone, the others for all that came with sm_80."""
-    return SM90 if source.stem.endswith("_sm90") else SM80
+def suits(source: Path, target: str) -> bool:
+    """As setup.py has it: files of sm_90 for sm_90a alone, the others for all other targets."""
+    return source.stem.endswith("_sm90") == (target == "sm_90a")
 
 
 def gencode(target: str) -> str:
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", help="stems of csrc/cuda/*.cu; default: all")
-    parser.add_argument("--target", choices=MATRIX_INSTRUCTION, help="only this one")
+    parser.add_argument("--targets", nargs="+", choices=MATRIX_INSTRUCTION, default=DEFAULT)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(argv)
     for tool, name in ((nvcc(), "nvcc: set CUDA_HOME, or pip install nvidia-cuda-nvcc"),
@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     todo = [
         (source, target)
         for source in sources
-        for target in targets(source)
-        if source.stem in (options.files or (source.stem,)) and target == (options.target or target)
+        for target in options.targets
+        if suits(source, target) and source.stem in (options.files or (source.stem,))
     ]
     start, count, failed = time.perf_counter(), 0, 0
     print(f"{'target':7} {'regs':>6} {'stack':>6} {'spills':>6} {'shared':>6} {'local':>6} "
