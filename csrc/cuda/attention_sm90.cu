@@ -40,8 +40,9 @@ struct Config {
     // Wide results are rescaled beside the next product with k, not in between.
     static constexpr bool kRescaleLate = head_dim_v > 128;
 
-    static constexpr int kBytesQ = kBlockM * kHeadDim * 2, kBytesK = kBlockN * kHeadDim * 2;
-    static constexpr int kBytesV = kBlockN * kHeadDimV * 2;
+    static constexpr int kBytesQ = kTileBytes<kBlockM, kHeadDim>;
+    static constexpr int kBytesK = kTileBytes<kBlockN, kHeadDim>;
+    static constexpr int kBytesV = kTileBytes<kBlockN, kHeadDimV>;
     static constexpr int kBarriersAt = kBytesQ + kStages * (kBytesK + kBytesV);
     static constexpr int kShared = kBarriersAt + 16 * (1 + 2 * kStages);
     static_assert(kBlockN % 16 == 0 && kShared <= 227 * 1024);
@@ -361,6 +362,7 @@ void launch_fwd_of(const AttentionFwdArgs& args) {
         return launch_fwd<Config<T, 256, 256, 2, 64, true>>(args);
     }
     if (head_dim <= 64) return launch_fwd<Config<T, 64, 64, 3, 128, false>>(args);
+    if (head_dim <= 96) return launch_fwd<Config<T, 96, 96, 2, 128, false>>(args);
     if (head_dim <= 128) {
         // Wide blocks waste more at the edges, of the band and of few keys.
         if (banded || args.seqlen_k < 1024)

@@ -7,15 +7,21 @@
 namespace fastattn::cuda {
 
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kPanel = 64;       // columns of a tile's panels, whose rows are 128 bytes
+
+// Tiles lie in panels of 64 columns, one after the other, whose rows are 128 bytes.
+constexpr int kPanel = 64;
+template <int kColumns>
+constexpr int kPanels = (kColumns + kPanel - 1) / kPanel;
+template <int kRows, int kColumns>
+constexpr int kTileBytes = kPanels<kColumns> * kRows * 128;
 
 // One thread copies kColumns columns of kRows rows, from `row` on, of a head.
 template <int kRows, int kColumns>
 FASTATTN_DEVICE void copy_tile(SharedAddress to, const TensorMap* map, SharedAddress full, int row,
                                int head, int batch) {
-    mbarrier_arrive_expect(full, kRows * kColumns * 2);
+    mbarrier_arrive_expect(full, kTileBytes<kRows, kColumns>);
 #pragma unroll
-    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+    for (int panel = 0; panel < kPanels<kColumns>; ++panel)
         tma_load_4d(to + panel * kRows * 128, map, full, panel * kPanel, row, head, batch);
 }
 
@@ -30,7 +36,7 @@ FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
 template <int kRows, int kColumns>
 FASTATTN_DEVICE void clear_rows(SharedAddress tile, int row, int thread, int threads) {
     const int chunks = (kRows - row) * 8;  // of 16 bytes, in a panel
-    for (int panel = 0; panel < kColumns / kPanel; ++panel)
+    for (int panel = 0; panel < kPanels<kColumns>; ++panel)
 #pragma unroll 1
         for (int i = thread; i < chunks; i += threads)
             st_shared(tile + (panel * kRows + row) * 128 + i * 16, uint4{0, 0, 0, 0});
