@@ -3,7 +3,7 @@
 A line a kernel, configuration and target: registers and spilled bytes of a thread, shared bytes of
 a block. Exits 1 if one does not compile, needs more shared memory than the target has, or spills in
 an innermost loop: what is put aside around one costs nothing. Of AMD's binaries nothing here tells
-where they spill, so that their spills are shown only.
+where they spill, so that any spill to memory fails; scalars put into vector registers are none.
 """
 
 import argparse
@@ -50,9 +50,9 @@ class Binary(NamedTuple):
     """What a compiled kernel takes; None where nothing tells it."""
 
     registers: int | None  # of a thread
-    spills: int | None  # bytes of a thread
+    spills: int | None  # bytes of a thread, in memory
     shared: int  # bytes of a block
-    spills_in_loops: bool = False
+    spills_in_loops: bool = False  # or may
 
 
 class _Driver:
@@ -161,10 +161,10 @@ def inspect(result: Any) -> Binary:
     """What one of Triton's compiled kernels takes."""
     shared = result.metadata.shared
     if "amdgcn" in result.asm:
-        fields = re.findall(r"\.(\w+_count):\s*(\d+)", result.asm["amdgcn"])
+        fields = re.findall(r"^ *\.(\w+): +(\d+)$", result.asm["amdgcn"], re.MULTILINE)
         count = {name: int(value) for name, value in fields}
-        spilled = count["vgpr_spill_count"] + count["sgpr_spill_count"]
-        return Binary(count["vgpr_count"], 4 * spilled, shared)
+        scratch = count["private_segment_fixed_size"]
+        return Binary(count["vgpr_count"], scratch, shared, scratch > 0)
     tool = _cuobjdump()
     if tool is None:
         return Binary(None, None, shared)

@@ -11,7 +11,6 @@ Where there are few rows, a program owns those of all heads that share keys, and
 of the keys and values.
 """
 
-import itertools
 import math
 
 import torch
@@ -45,26 +44,27 @@ def configurations(on: Tensor, head_dim: int, rows: int, crowding: int) -> list[
 
     What a call adds to the scores takes registers too: more warps share a tile then. float32 is
     multiplied without matrix units. The half-precision shapes start from those that FlexAttention
-    ships for A100 and H100.
+    ships for A100 and H100. On gfx9, where float32 has matrix units too, threads of 4 warps have
+    twice the registers of 8, and no product is made twice of 32 rows a warp or, by 16 keys, of 16.
     """
     chip, wide = target(on), on.dtype == torch.float32
     size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     few = max(16, triton.next_power_of_2(rows)) if rows <= PACKED_ROWS else 0
     if INTERPRETED:
         shapes = [(few or 128, 128, 4, 1)]
-    elif few and (wide or size == 2):
+    elif few == 16 and (wide or size == 2):
         least = 32 if on.dtype == torch.float8_e4m3fn else 16
         shapes = [(few, (64, 32, least)[size], 8, 1), (few, least, 4, 1), (few, 32, 4, 1)]
-    elif few:
+    elif few == 16 or (few and not (wide or crowding or size == 2)):
         stages = 1 if chip.backend == "hip" else 3
         shapes = [(few, 64, 4, stages), (few, 128, 4, stages), (few, 64, 8, stages)]
-    elif wide:
-        shapes = [
-            ((64, 32, 8, 1), (32, 16 if crowding else 32, 8, 1), (16, 16, 8, 1))[size],
-            (32, 16, 4, 1),
-        ]
+    elif wide and not chip.gfx9:
+        block_m, block_n = ((64, 32), (16 if crowding else 32, 32), (16, 16))[size]
+        shapes = [(block_m, block_n, 8, 1), (32, 16, 4, 1)]
     elif chip.backend == "hip":
-        shapes = [((128, 64, 8, 1), (128, 32, 8, 1), (64, 32, 8, 1))[size], (64, 32, 4, 1)]
+        roomy = chip.gfx9 and not wide and crowding < 2 and size < 2
+        fits = 32 if wide and size == 2 else 64
+        shapes = [(128, (64, 32)[size], 4, 1) if roomy else (fits, 16, 4, 1), (32, 16, 4, 1)]
     elif crowding == 2 or (size == 2 and (crowding or not chip.large)):
         shapes = [((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1))[size], (64, 32, 4, 1)]
     elif crowding:
@@ -81,8 +81,9 @@ def configurations(on: Tensor, head_dim: int, rows: int, crowding: int) -> list[
         shapes = [(128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)]
         if chip.family < 90:
             shapes = [(64, 64, 8, 2), (64, 32, 4, 3)]
+    most = few or 128
     return [
-        dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+        dict(BLOCK_M=min(block_m, most), BLOCK_N=block_n, num_warps=warps, num_stages=stages)
         for block_m, block_n, warps, stages in shapes
     ]
 
@@ -358,19 +359,31 @@ def _parts(on: Tensor, programs: int, rows: int, seqlen_k: int, block_n: int) ->
 
 def shipped() -> None:
     """Launch every kernel in every configuration, on meta tensors: see `aot`."""
-    for dtype, head_dim, seqlen_q in itertools.product(
-        (torch.bfloat16, torch.float32), (64, 128, 256), (512, 1)
-    ):
+
+    def run(
+        dtype: torch.dtype, head_dim: int, seqlen_q: int, call: Call, deterministic: bool = False
+    ) -> None:
         q = torch.empty(2, 8, seqlen_q, head_dim, device="meta", dtype=dtype)
         k = torch.empty(2, 2, 512, head_dim, device="meta", dtype=dtype)
         lse = torch.empty(2, 8, seqlen_q, device="meta", dtype=torch.float32)
-        plain, featured = sample_calls(seqlen_q)
-        attention_fwd(q, k, k, torch.empty_like(q), lse, plain, 2)
-        if seqlen_q > 1 and (dtype == torch.bfloat16 or head_dim == 128):
-            attention_fwd(q, k, k, torch.empty_like(q), lse, featured, 2)
-            masked = plain._replace(mask=featured.mask)
-            attention_fwd(q, k, k, torch.empty_like(q), lse, masked, 2)
+        attention_fwd(q, k, k, torch.empty_like(q), lse, call, 2, deterministic=deterministic)
+
+    half, single = torch.bfloat16, torch.float32
+    plain, featured = sample_calls(512)
+    banded = featured._replace(window_left=None)
+    for head_dim in (64, 128, 256):
+        run(half, head_dim, 512, plain)
+        run(half, head_dim, 512, featured if head_dim == 128 else banded)
+        run(single, head_dim, 512, plain)
+        run(half, head_dim, 1, sample_calls(1)[0])
+        run(single, head_dim, 1, sample_calls(1)[0], deterministic=True)
+    run(half, 64, 512, plain._replace(mask=featured.mask))
+    run(half, 128, 512, plain._replace(mask=featured.mask))
+    run(single, 128, 512, banded)
+    for call in sample_calls(16):  # the rows of all heads that share keys fill a tile
+        run(half, 128, 16, call)
+    run(single, 256, 16, sample_calls(16)[0])
     q = torch.empty(2, 8, 512, 128, device="meta", dtype=torch.float8_e4m3fn)
     if target(q).family >= 90:
         out = torch.empty_like(q, dtype=torch.bfloat16)
-        attention_fwd(q, q, q, out, None, sample_calls(512)[0], 2)
+        attention_fwd(q, q, q, out, None, plain, 2)

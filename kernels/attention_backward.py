@@ -7,7 +7,6 @@ share them; one owns blocks of rows and writes dq, one owns blocks of the bias. 
 is skipped. The floor is 14 * head_dim flops a visible score: 5 products, of which 2 are made twice.
 """
 
-import itertools
 import math
 
 import torch
@@ -37,16 +36,19 @@ def configurations(on: Tensor, head_dim: int, crowding: int, own_keys: bool) -> 
     """Tiles by chip, width of the elements and head_dim; `own_keys` is the kernel of dk and dv.
 
     That one holds two results and two tiles of scores in registers, so the side that it owns
-    shrinks first.
+    shrinks first. gfx9 as in `attention.configurations`.
     """
     chip, wide = target(on), on.dtype == torch.float32
     size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if INTERPRETED:
         shapes = [(128, 128, 4, 1)]
-    elif wide:
-        shapes = [((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))[size], (16, 16, 4, 1)]
+    elif wide and not chip.gfx9:
+        middle = (16, 32) if crowding and not own_keys else (32, 16)
+        shapes = [(*((32, 32), middle, (16, 16))[size], 8, 1), (16, 16, 4, 1)]
     elif chip.backend == "hip":
-        shapes = [((64, 64, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1))[size], (32, 32, 8, 1)]
+        roomy = chip.gfx9 and not (wide or crowding or size)
+        fits = 32 if wide and size == 2 else 64
+        shapes = [(128, 32, 4, 1) if roomy else (fits, 16, 4, 1), (32, 16, 4, 1)]
     elif crowding and own_keys:
         shapes = [((64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1))[size], (32, 32, 4, 1)]
     elif crowding or size == 2:
@@ -427,12 +429,20 @@ def attention_bwd(
 
 def shipped() -> None:
     """Launch every kernel in every configuration, on meta tensors: see `aot`."""
-    for dtype, head_dim in itertools.product((torch.bfloat16, torch.float32), (64, 128, 256)):
+
+    def run(dtype: torch.dtype, head_dim: int, call: Call, of_bias: bool = False) -> None:
         q = torch.empty(2, 8, 512, head_dim, device="meta", dtype=dtype)
         k = torch.empty(2, 2, 512, head_dim, device="meta", dtype=dtype)
         lse = torch.empty(2, 8, 512, device="meta", dtype=torch.float32)
-        plain, featured = sample_calls(512)
-        attention_bwd(q, k, k, q, q, lse, lse, lse, q, k, k, None, plain, 2)
-        if dtype == torch.bfloat16 or head_dim == 128:
-            dbias = torch.empty(2, 8, 512, 512, device="meta", dtype=dtype)
-            attention_bwd(q, k, k, q, q, lse, lse, lse, q, k, k, dbias, featured, 2)
+        dbias = torch.empty(2, 8, 512, 512, device="meta", dtype=dtype) if of_bias else None
+        attention_bwd(q, k, k, q, q, lse, lse, lse, q, k, k, dbias, call, 2)
+
+    half, single = torch.bfloat16, torch.float32
+    plain, featured = sample_calls(512)
+    banded = featured._replace(window_left=None)
+    for head_dim in (64, 128, 256):
+        run(half, head_dim, plain)
+        run(half, head_dim, featured if head_dim == 128 else banded, of_bias=True)
+    run(single, 64, plain)
+    run(single, 128, banded, of_bias=True)  # in the tiles of plain attention
+    run(single, 256, plain)

@@ -26,6 +26,11 @@ class Target(NamedTuple):
         return self.arch // 10 * 10 if self.arch in (90, 100, 103) else 80
 
     @property
+    def gfx9(self) -> bool:
+        """Whether this is one of AMD's chips for servers, whose warps have 64 lanes."""
+        return str(self.arch).startswith("gfx9")
+
+    @property
     def large(self) -> bool:
         """Whether this is a chip for servers, with at least 160 KiB of shared memory."""
         return self.arch in (80, 90, 100, 103)

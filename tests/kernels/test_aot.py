@@ -83,11 +83,8 @@ def test_the_interpreter_is_refused():
         ("sm_90", aot.Binary(255, 8, 0, True), ["spills 8 bytes"]),
         ("sm_90", aot.Binary(255, 8, 0, False), []),
         ("sm_80", aot.Binary(64, 0, 164 * 1024), ["shared memory 167936 > 166912"]),
-        (
-            "gfx942",
-            aot.Binary(64, 4, 65537),
-            ["shared memory 65537 > 65536"],
-        ),
+        ("gfx942", aot.Binary(64, 4, 65536, True), ["spills 4 bytes"]),
+        ("gfx942", aot.Binary(64, 0, 65537), ["shared memory 65537 > 65536"]),
         ("sm_100", "PTXASError: no", ["does not compile: PTXASError: no"]),
     ],
 )
@@ -107,9 +104,15 @@ class Compiled:
         self.asm = asm
 
 
-def test_what_amd_binaries_tell():
-    text = ".sgpr_spill_count: 1\n.vgpr_count:  96\n .vgpr_spill_count: 2\n.agpr_count: 7"
-    assert aot.inspect(Compiled(amdgcn=text)) == aot.Binary(96, 12, 1024)
+@pytest.mark.parametrize("scratch", [0, 12])
+def test_what_amd_binaries_tell(scratch):
+    text = f"""
+    .private_segment_fixed_size: {scratch}
+    .sgpr_spill_count: 1
+    .vgpr_count:     96
+    .vgpr_spill_count: {scratch // 4}
+"""
+    assert aot.inspect(Compiled(amdgcn=text)) == aot.Binary(96, scratch, 1024, scratch > 0)
 
 
 LOOPS = """

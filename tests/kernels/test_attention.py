@@ -44,6 +44,13 @@ def test_features():
     )  # fmt: skip
 
 
+def test_packed_rows_of_several_blocks(monkeypatch):
+    """45 rows: blocks of 16 start within a row's 3 heads."""
+    monkeypatch.setattr(attention, "PACKED_ROWS", 64)
+    q, k, v = op.make(batch=2, heads=6, heads_kv=2, seqlen_q=15, seqlen_k=50)
+    op.check(q, k, v, window=(25, 4), offset=9, mask=torch.rand(2, 6, 15, 50) < 0.8)
+
+
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("window", [(None, None), (40, 3)])
 def test_parts(monkeypatch, parts, window):
