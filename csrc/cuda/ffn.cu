@@ -15,8 +15,8 @@
 namespace fastattn::cuda {
 namespace {
 
-// out (gridDim.y, columns) = the sum of in (rows, columns), of `share` rows each, + bias. A warp
-// has 32 vectors of 16 bytes of every 8th row; the block adds up its 8 warps.
+// out (gridDim.y, columns): sums of in (rows, columns) over `share` rows each, + bias. A warp has
+// 32 vectors of 16 bytes of every 8th row; the block adds up its 8 warps.
 template <class In, class Out>
 __global__ void __launch_bounds__(256)
     sum_rows_kernel(const In* in, int64_t stride, int rows, int share, const Out* bias,
@@ -151,16 +151,13 @@ struct FwdPlan {
     }
 };
 
-template <class T>
-Dropout dropout_of(const FFNArgs& a) {
-    return {a.seed, a.threshold, a.seed ? a.keep_scale : 1.0f};
-}
+Dropout dropout_of(const FFNArgs& a) { return {a.seed, a.threshold, a.keep_scale}; }
 
 template <class T, bool gated>
 void hidden_fwd(const FFNArgs& a, const GemmPlan& plan, void* hidden, void* preact) {
     const HiddenEpilogue<T, gated> epilogue{static_cast<T*>(hidden), static_cast<T*>(preact),
                                             {a.rows, a.d_ff},        static_cast<const T*>(a.b1),
-                                            dropout_of<T>(a),        a.activation};
+                                            dropout_of(a),           a.activation};
     const GemmArgs args{{a.x, a.x}, {a.w1, a.w_up}, a.rows, a.d_ff, a.d_model, 1, 1, 0, {}};
     gemm<Major::k, Major::k>(args, plan, epilogue, a.stream);
 }
@@ -220,7 +217,7 @@ void ffn_bwd_of(const FFNBwdArgs& a) {
     T* hidden_again = a.dw2 && !a.hidden ? static_cast<T*>(plan.hidden) : nullptr;
     const PreactEpilogue<T, gated> epilogue{
         dpreact,          static_cast<const T*>(preact), hidden_again,
-        {a.rows, a.d_ff}, a.db1 ? plan.sums : nullptr,   dropout_of<T>(a),
+        {a.rows, a.d_ff}, a.db1 ? plan.sums : nullptr,   dropout_of(a),
         a.activation};
     const GemmArgs to_hidden{{a.dy, a.dy}, {a.w2, a.w2}, a.rows, a.d_ff, a.d_out, 1, 1, 0, {}};
     gemm<Major::k, Major::mn>(to_hidden, plan.dpreact, epilogue, a.stream);

@@ -41,13 +41,14 @@ struct SliceSums {
     }
 };
 
-// Four words of each of a quad's lanes, a matrix of (4, 4), are transposed.
+// Transposes the (4, 4) words of a quad, four lanes with four words each: of two that change
+// places, each lies in one of two lanes whose numbers differ in one bit, as theirs do.
 FASTATTN_DEVICE void transpose_quad(uint32_t (&words)[4]) {
 #pragma unroll
     for (int bit = 1; bit < 4; bit *= 2) {
         const bool upper = threadIdx.x & bit;
 #pragma unroll
-        for (int i = 0; i < 4; i += 3 - bit) {
+        for (int i = 0; i < 4; ++i) {
             if (i & bit) continue;
             uint32_t &low = words[i], &high = words[i + bit];
             const uint32_t got = shuffle_xor(upper ? low : high, bit);
@@ -56,17 +57,18 @@ FASTATTN_DEVICE void transpose_quad(uint32_t (&words)[4]) {
     }
 }
 
-// Half of a slice's row of each lane, 32 columns from At{8 h, 32 half} on: words [k] is the pair
-// [4 * half + k][2 h + e].
+// What a lane has of a slice's 8 rows from 8 h on and 32 columns from 32 half on: as pairs,
+// words[k] is element [4 half + k][2 h] and the next; exchanged, words are 8 columns that follow
+// each other.
 struct HalfRow {
     uint32_t words[4];
 
-    // Where the lane's 8 columns begin, whose first the slice's is at `at`.
+    // Where those 8 columns begin, of a slice that begins at `at`.
     static FASTATTN_DEVICE At place(At at, int half, int h) {
         const int lane = threadIdx.x % 32;
         return at + At{8 * h + lane / 4, 32 * half + lane % 4 * 8};
     }
-    // As global memory has them; `exchange` makes them pairs.
+    // Not pairs yet: the load is still on its way.
     template <class T>
     FASTATTN_DEVICE void fetch(const T* matrix, Extent extent, At place) {
         uint4 four{0, 0, 0, 0};
@@ -156,9 +158,9 @@ FASTATTN_DEVICE void advance(Slice (&sums)[slices]) {
             for (int i = 0; i < 4; ++i) sums[s][j][i] = sums[s + 1][j][i];
 }
 
-// An epilogue's run(sums, origin, split, local, slice_sums) finishes a warp's part of a
-// tile: `sums` are the slices of the first product, then of the second; slice s of each lies at
-// local(s) in the tile at `origin`.
+// An epilogue's run(sums, origin, split, local, slice_sums) finishes a warp's part of a tile:
+// `sums` are the slices of the first product, then of the second; slice s of each lies at local(s)
+// in the tile at `origin`.
 
 // out = sums + bias; of a share of the inner dim: the sums in float32.
 template <class T>

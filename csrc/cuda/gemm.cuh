@@ -58,12 +58,12 @@ struct GemmArgs {
 
 // What a block, or a cluster of blocks, computes next: the tile of each product at (row, column),
 // over steps [first, last) of the inner dim; those of the second term follow those of the first.
-struct Work {
+struct TileWork {
     int row, column, split, first, last;
 };
 
 template <int kBlockM, int kBlockN, int kBlockK>
-FASTATTN_DEVICE Work work_of(const GemmArgs& args, int index) {
+FASTATTN_DEVICE TileWork work_of(const GemmArgs& args, int index) {
     constexpr int kGroup = kGroupRows / kBlockM;
     const TileOrder& order = args.order;
     const int split = order.tiles.divide(index), tile = index - split * order.down * order.across;

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Tiles::kThreads)
     using ATile = OperandTile<kA, kBlockM, kBlockK>;
     using BTile = OperandTile<kB, Tiles::kBlockN, kBlockK>;
     const int warp_m = threadIdx.x / 32 % 4, warp_n = threadIdx.x / 128;
-    const Work work = work_of<kBlockM, kBlockN, kBlockK>(args, blockIdx.x);
+    const TileWork work = work_of<kBlockM, kBlockN, kBlockK>(args, blockIdx.x);
     const int steps = ceil_div(args.k, kBlockK);
 
     const auto a_tile = [&](int slot) { return ATile{dynamic_shared() + slot * Tiles::kABytes}; };

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
     const int rank = kCluster > 1 ? cluster_rank() : 0;
     const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
     const auto work_at = [&](int index) {
-        Work work = work_of<kCluster * kBlockM, kBlockN, kBlockK>(args, index);
+        TileWork work = work_of<kCluster * kBlockM, kBlockN, kBlockK>(args, index);
         work.row += rank * kBlockM;
         return work;
     };
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         const int steps = ceil_div(args.k, kBlockK);
         Ring<kStages> ring;
         for (int index = cluster; threadIdx.x == 0 && index < args.order.count; index += clusters) {
-            const Work work = work_at(index);
+            const TileWork work = work_at(index);
 #pragma unroll 1
             for (int step = work.first; step < work.last; ++step) {
                 const int term = step >= steps, k = (step - term * steps) * kBlockK;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         };
         Ring<kStages> ring;
         for (int index = cluster; index < args.order.count; index += clusters) {
-            const Work work = work_at(index);
+            const TileWork work = work_at(index);
             float acc[Tiles::kBlockN / 2];
             int read = 0;  // the slot of the step before
 #pragma unroll 1
