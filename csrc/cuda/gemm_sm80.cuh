@@ -48,6 +48,12 @@ struct OperandTile {
     }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool kOnSm90 = true;
+#else
+constexpr bool kOnSm90 = false;
+#endif
+
 template <Major kA, Major kB, class Tiles, class Epilogue>
 __global__ void __launch_bounds__(Tiles::kThreads)
     gemm_sm80_kernel(const __grid_constant__ GemmArgs args,
@@ -56,6 +62,8 @@ __global__ void __launch_bounds__(Tiles::kThreads)
     constexpr int kBlockM = Tiles::kBlockM, kBlockK = Tiles::kBlockK, kStages = Tiles::kStages;
     constexpr int kSlicesM = Tiles::kSlicesM, kSlicesN = Tiles::kSlicesN;
     constexpr int kBlockN = Tiles::kBlockN / Epilogue::kProducts;  // of one product
+    // There the kernels of gemm_sm90.cuh have all larger tiles.
+    if (kOnSm90 && kBlockM > 64) return;
     using ATile = OperandTile<kA, kBlockM, kBlockK>;
     using BTile = OperandTile<kB, Tiles::kBlockN, kBlockK>;
     const int warp_m = threadIdx.x / 32 % 4, warp_n = threadIdx.x / 128;
