@@ -43,14 +43,15 @@ struct Share {
     int batch, head, first_row;
 };
 
-FASTATTN_DEVICE Share share_of(const AttentionArgs& a, int blocks, int section, int block_m) {
-    const int in_section = section * blocks, index = blockIdx.x;
-    const int first_head = index / in_section * section;
-    const int heads_here = min(section, a.batch * a.heads - first_head);
-    int block = index % in_section / heads_here;
-    if (a.window_right != kUnbounded) block = blocks - 1 - block;
-    const int head = first_head + index % in_section % heads_here;
-    return {head / a.heads, head % a.heads, block * block_m};
+FASTATTN_DEVICE Share share_of(const AttentionArgs& a, unsigned blocks, unsigned section,
+                               unsigned block_m) {
+    const unsigned in_section = section * blocks, heads = a.heads;
+    const unsigned first_head = blockIdx.x / in_section * section;
+    const unsigned heads_here = min(section, a.batch * heads - first_head);
+    const unsigned index = blockIdx.x % in_section, head = first_head + index % heads_here;
+    const unsigned rank = index / heads_here;
+    const unsigned block = a.window_right == kUnbounded ? rank : blocks - 1 - rank;
+    return {int(head / heads), int(head % heads), int(block * block_m)};
 }
 
 template <class C>

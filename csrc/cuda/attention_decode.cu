@@ -44,9 +44,8 @@ struct Decode {
 struct Row {
     int query, head;
 };
-FASTATTN_DEVICE Row row_at(const AttentionArgs& a, int head_kv, int row) {
-    const int group_size = a.heads / a.heads_kv;
-    return {row / group_size, head_kv * group_size + row % group_size};
+FASTATTN_DEVICE Row row_at(unsigned row, int head_kv, unsigned group_size) {
+    return {int(row / group_size), int(head_kv * group_size + row % group_size)};
 }
 
 // Where a part's result of a row lies in partial_out and partial_lse, in rows.
@@ -65,23 +64,21 @@ FASTATTN_DEVICE float sink_of(const AttentionArgs& a, int head) {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 3)
-    attention_decode_kernel(const __grid_constant__ AttentionFwdArgs args, int row_tiles) {
+    attention_decode_kernel(const __grid_constant__ AttentionFwdArgs args, unsigned row_tiles,
+                            unsigned group_size) {
     using T = typename C::T;
     using KeyTile = typename C::KeyTile;
     constexpr int kHeadDim = C::kHeadDim, kBlockN = C::kBlockN, kStages = C::kStages;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const unsigned block = blockIdx.x / row_tiles;
-    const int split = block % args.splits;
-    const int batch = block / args.splits / args.heads_kv;
-    const int head_kv = block / args.splits % args.heads_kv;
+    const unsigned heads_kv = args.heads_kv, batch_head = blockIdx.x / row_tiles;
+    const int split = blockIdx.y, batch = batch_head / heads_kv, head_kv = batch_head % heads_kv;
     const Sequence s = sequence_of(args, batch);
-    const int group_size = args.heads / args.heads_kv;
     const int first_row = blockIdx.x % row_tiles * kRows;
-    const int row_count = min(kRows, s.seqlen_q * group_size - first_row);
+    const int row_count = min(kRows, int(s.seqlen_q * group_size) - first_row);
     if (row_count <= 0) return;
 
-    const int first_query = first_row / group_size;
-    const int last_query = (first_row + row_count - 1) / group_size;
+    const int first_query = unsigned(first_row) / group_size;
+    const int last_query = unsigned(first_row + row_count - 1) / group_size;
     const Range seen = keys_seen(args, s, first_query, last_query);
     const Range seen_by_all = keys_seen_by_all(args, s, first_query, last_query);
     // In each round every warp takes a tile of keys.
@@ -94,7 +91,7 @@ __global__ void __launch_bounds__(C::kThreads, 3)
     const typename C::QueryTile queries{dynamic_shared() + C::kQueries};  // (kRows, kHeadDim)
     if (warp == 0) {
         const auto row_of = [&](int local) {
-            const Row row = row_at(args, head_kv, first_row + min(local, row_count - 1));
+            const Row row = row_at(first_row + min(local, row_count - 1), head_kv, group_size);
             return static_cast<const T*>(args.q) + row_offset(args.q_strides, args.cu_seqlens_q,
                                                               batch, row.head, s.start_q,
                                                               row.query);
@@ -124,7 +121,7 @@ __global__ void __launch_bounds__(C::kThreads, 3)
     float slopes[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        rows[half] = row_at(args, head_kv, first_row + lane / 4 + 8 * half);
+        rows[half] = row_at(first_row + lane / 4 + 8 * half, head_kv, group_size);
         slopes[half] = alibi_slope(args, batch, rows[half].head);
     }
     cp_async_wait<kStages>();
@@ -209,7 +206,7 @@ __global__ void __launch_bounds__(C::kThreads, 3)
     constexpr int kQuads = kHeadDim / 4;
     for (int i = thread; i < row_count * kQuads; i += C::kThreads) {
         const int local = i / kQuads, column = i % kQuads * 4;
-        const Row row = row_at(args, head_kv, first_row + local);
+        const Row row = row_at(first_row + local, head_kv, group_size);
         float2 found[C::kWarps];  // maximum and sum
         float top = -INFINITY, sum = 0.0f;
 #pragma unroll
@@ -311,10 +308,11 @@ unsigned grid_of(int64_t blocks) {
 
 template <class C>
 void launch_decode(const AttentionFwdArgs& args) {
-    const int row_tiles = (args.seqlen_q * (args.heads / args.heads_kv) + kRows - 1) / kRows;
-    const int64_t blocks = int64_t(args.batch) * args.heads_kv * args.splits * row_tiles;
-    launch(attention_decode_kernel<C>, dim3(grid_of(blocks)), C::kThreads, C::kShared, args.stream,
-           args, row_tiles);
+    const int group_size = args.heads / args.heads_kv;
+    const int row_tiles = (args.seqlen_q * group_size + kRows - 1) / kRows;
+    const int64_t blocks = int64_t(args.batch) * args.heads_kv * row_tiles;
+    launch(attention_decode_kernel<C>, dim3(grid_of(blocks), unsigned(args.splits)), C::kThreads,
+           C::kShared, args.stream, args, unsigned(row_tiles), unsigned(group_size));
     if (args.splits == 1) return;
     const int64_t rows = int64_t(args.batch) * args.heads * args.seqlen_q;
     launch(attention_combine_kernel<typename C::T>,

@@ -54,22 +54,25 @@ struct KeyRows {
         begin += row_offset(strides, unbatched, batch, head_kv, s.start_k, 0);
     }
 
-    // Into `tile` from row first_key on, zeros from row `end` on; see Tile::load.
+    FASTATTN_DEVICE const T* row(int key) const {
+        if (!args.block_table) return begin + key * strides.row;
+        const unsigned page_size = args.page_size, page = key / page_size;
+        const int32_t* pages = args.block_table + batch * args.block_table_stride;
+        return begin + ld_readonly(pages + page) * strides.batch + key % page_size * strides.row;
+    }
+
+    // Into `tile` from row first_key on, a multiple of its rows, zeros from row `end` on; see
+    // Tile::load.
     template <int kThreads, class KeyTile>
     FASTATTN_DEVICE void load(const KeyTile& tile, int first_key, int end, int columns,
                               int thread) const {
-        if (!args.block_table) {
-            const T* from = begin + first_key * strides.row;
-            tile.template load<kThreads>(from, strides.row, end - first_key, columns, thread);
-            return;
-        }
-        const int32_t* pages = args.block_table + batch * args.block_table_stride;
-        const auto row_of = [&](int row) {
-            const unsigned key = min(first_key + row, end - 1), page_size = args.page_size;
-            const int64_t page = ld_readonly(pages + key / page_size);
-            return begin + page * strides.batch + key % page_size * strides.row;
-        };
-        tile.template load_rows<kThreads>(row_of, end - first_key, columns, thread);
+        const int rows = end - first_key;
+        if (!args.block_table || args.page_size % KeyTile::kHeight == 0)
+            tile.template load<kThreads>(row(first_key), strides.row, rows, columns, thread);
+        else
+            tile.template load_rows<kThreads>(
+                [&](int local) { return row(min(first_key + local, end - 1)); }, rows, columns,
+                thread);
     }
 };
 

@@ -12,7 +12,7 @@ namespace fastattn::cuda {
 template <int kRows, int kColumns>
 struct Tile {
     static_assert(kColumns % 32 == 0);
-    static constexpr int kBytes = kRows * kColumns * 2;
+    static constexpr int kHeight = kRows, kBytes = kRows * kColumns * 2;
 
     // Lanes that copy chunks of a row next to each other, 128 bytes where there are so many.
     static constexpr int kLanes = kColumns % 64 ? 4 : 8;
