@@ -31,9 +31,11 @@ struct Config {
     // Dropout's stream finds no registers beside wide results.
     static constexpr bool kFeatured = featured, kDropout = featured && head_dim <= 128;
     static constexpr int kThreads = kWarpgroup * (1 + consumers);
-    // A multiprocessor has 512 registers for one thread of every warpgroup.
+    // The registers that the kernel starts with, shared out anew.
     static constexpr int kProducerRegisters = consumers == 2 ? 40 : 32;
     static constexpr int kConsumerRegisters = consumers == 2 ? 232 : 160;
+    static_assert(kProducerRegisters + consumers * kConsumerRegisters <=
+                  65536 / kThreads / 8 * 8 * (1 + consumers));
     // Consumers take turns at starting products, so that one's softmax meets another's products;
     // those of wide heads are long enough without.
     static constexpr bool kTurns = head_dim <= 128;
