@@ -29,7 +29,7 @@ struct FwdConfig {
     static constexpr int kUnroll = kQueriesInRegisters ? head_dim / 16 : 2;
     using QueryTile = Tile<block_m, head_dim>;
     using KeyTile = Tile<block_n, head_dim>;
-    // And what the loop has no use for.
+    // Behind the tiles, what only the end needs.
     static constexpr int kForEnd = QueryTile::kBytes + 2 * stages * KeyTile::kBytes;
     static constexpr int kShared = kForEnd + 16;
 };
