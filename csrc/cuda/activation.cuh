@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../activation.h"
-#include "cuda/ptx.cuh"
+#include "cuda/math.cuh"
 
 namespace fastattn::cuda {
 
@@ -10,7 +10,6 @@ struct ValueAndSlope {
     float value, slope;
 };
 
-FASTATTN_DEVICE float exponential(float x) { return exp2_approx(x * 1.4426950408889634f); }
 FASTATTN_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exponential(-x)); }
 
 struct Relu {

@@ -3,12 +3,11 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/math.cuh"
 #include "cuda/philox.cuh"
 #include "cuda/tile.cuh"
 
 namespace fastattn::cuda {
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // One sequence of the batch: its first rows in q and k where they are packed (else 0), its lengths
 // and the offset of its diagonal.
@@ -105,24 +104,6 @@ FASTATTN_DEVICE Range queries_seeing_all(const AttentionArgs& a, const Sequence&
 FASTATTN_DEVICE bool visible(const AttentionArgs& a, const Sequence& s, int row, int key) {
     const int distance = key - row - s.offset;
     return key < s.seqlen_k && distance >= -a.window_left && distance <= a.window_right;
-}
-
-// tanh by exp2: its absolute error is about 1e-7, tanh.approx's 5e-4.
-FASTATTN_DEVICE float tanh_by_exp2(float x) {
-    return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2.0f * kLog2E * x));
-}
-
-// The score, in units of log2, of a product q.k. Kernels are compiled without and with features
-// that cost registers: softcap, ALiBi, dropout. Of a plain call's score, the factor
-// softmax_scale * log2(e) folds into the exponent.
-template <bool kFeatured>
-FASTATTN_DEVICE float score_of(const AttentionArgs& a, const Sequence& s, float product,
-                               float slope, int row, int key) {
-    float score = product * (a.softmax_scale * kLog2E);
-    if (kFeatured && a.softcap != 0.0f)
-        score = a.softcap * kLog2E * tanh_by_exp2(product * (a.softmax_scale / a.softcap));
-    if (kFeatured) score -= slope * kLog2E * fabsf(float(key - row - s.offset));
-    return score;
 }
 
 FASTATTN_DEVICE float alibi_slope(const AttentionArgs& a, int batch, int head) {

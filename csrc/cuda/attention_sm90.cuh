@@ -42,21 +42,6 @@ FASTATTN_DEVICE void clear_rows(SharedAddress tile, int row, int thread, int thr
             st_shared(tile + (panel * kRows + row) * 128 + i * 16, uint4{0, 0, 0, 0});
 }
 
-// Transposes 4 x 4 words between four neighbouring lanes, which hold a column each.
-FASTATTN_DEVICE void transpose(uint32_t (&x)[4]) {
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
-        const bool upper = threadIdx.x & distance;
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            const int i = pair * (distance == 1 ? 2 : 1);
-            const uint32_t other = shuffle_xor(upper ? x[i] : x[i + distance], distance);
-            x[i] = upper ? other : x[i];
-            x[i + distance] = upper ? x[i + distance] : other;
-        }
-    }
-}
-
 // Writes this lane's row of a half of acc (16, 8 * kTiles), if it is one of the tensor's, up to
 // column `columns`.
 template <class T, int kTiles>
@@ -71,7 +56,7 @@ FASTATTN_DEVICE void write_row(const float (&acc)[kTiles][4], int half, T* to, b
             const float* pair = &acc[tile + i][2 * half];
             x[i] = pack<T>(pair[0], pair[1]);
         }
-        transpose(x);
+        transpose_quad(x);
         const int column = 8 * (tile + threadIdx.x % 4);
         if (inside && column < columns)
             st_global(reinterpret_cast<uint4*>(to + column), uint4{x[0], x[1], x[2], x[3]});

@@ -8,6 +8,7 @@
 #include "cuda/activation.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/philox.cuh"
+#include "cuda/tile.cuh"
 
 namespace fastattn::cuda {
 
@@ -40,22 +41,6 @@ struct SliceSums {
         return base + 4 * (row / 16 * columns + column);
     }
 };
-
-// Transposes the (4, 4) words of a quad, four lanes with four words each: of two that change
-// places, each lies in one of two lanes whose numbers differ in one bit, as theirs do.
-FASTATTN_DEVICE void transpose_quad(uint32_t (&words)[4]) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-        const bool upper = threadIdx.x & bit;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & bit) continue;
-            uint32_t &low = words[i], &high = words[i + bit];
-            const uint32_t got = shuffle_xor(upper ? low : high, bit);
-            low = upper ? got : low, high = upper ? high : got;
-        }
-    }
-}
 
 // What a lane has of a slice's 8 rows from 8 h on and 32 columns from 32 half on: as pairs,
 // words[k] is element [4 half + k][2 h] and the next; exchanged, words are 8 columns that follow

@@ -188,10 +188,12 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
 template <class T, Major major>
 TensorMap map_operand(const Matrix& matrix, int outers, int inners, int box) {
     const bool transposed = major == Major::mn;
+    // That of a single row may be anything, but the driver takes no 0.
+    const int64_t stride = matrix.stride ? matrix.stride : 8;
     return make_tensor_map({same<T, bfloat16> ? Element::bfloat16 : Element::float16,
                             matrix.data,
                             {transposed ? outers : inners, transposed ? inners : outers, 1, 1},
-                            {1, matrix.stride, matrix.stride, matrix.stride},
+                            {1, stride, stride, stride},
                             {64, transposed ? 64 : box, 1, 1},
                             true});
 }

@@ -15,8 +15,9 @@
 namespace fastattn::cuda {
 
 inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // or the next call would fail by it
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 // `kernel` on `stream` (a cudaStream_t) of the current device, with `shared` bytes of dynamic

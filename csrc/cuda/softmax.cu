@@ -10,12 +10,13 @@
 #include <cmath>
 
 #include "cuda/launch.cuh"
+#include "cuda/math.cuh"
 #include "cuda/philox.cuh"
 
 namespace fastattn::cuda {
 namespace {
 
-constexpr float kInfinity = INFINITY, kLog2E = 1.4426950408889634f;
+constexpr float kInfinity = INFINITY;
 constexpr int kWholeBlock = 0, kMaxThreads = 512;
 
 // How rows are shared out: kLanes threads (kWholeBlock: all of a block) have per_thread elements
@@ -73,7 +74,7 @@ FASTATTN_DEVICE void store(T* to, const float (&values)[n]) {
 // The exponential, as exact as the type that is rounded to asks for.
 template <class T>
 FASTATTN_DEVICE float exponential(float x) {
-    return same<T, float> ? expf(x) : exp2_approx(x * kLog2E);
+    return same<T, float> ? expf(x) : cuda::exponential(x);
 }
 
 // Reductions over a row. Every warp that calls one, of a block's row all of them, gets the result.
@@ -106,7 +107,7 @@ FASTATTN_DEVICE float row_total(float x) {
     return reduce<L>(x, 0.0f, slots, [](float a, float b) { return a + b; });
 }
 
-FASTATTN_DEVICE int64_t row_offset(const SoftmaxArgs& a, const SoftmaxRows& tensor, int64_t row) {
+FASTATTN_DEVICE int64_t row_begin(const SoftmaxArgs& a, const SoftmaxRows& tensor, int64_t row) {
     if (a.sizes[0] * a.sizes[1] == 1) return row * tensor.strides[2];
     return row / (a.sizes[1] * a.sizes[2]) * tensor.strides[0] +
            row / a.sizes[2] % a.sizes[1] * tensor.strides[1] + row % a.sizes[2] * tensor.strides[2];
@@ -120,9 +121,9 @@ struct Scores {
     int last;  // column that the row sees
 
     FASTATTN_DEVICE Scores(const SoftmaxFwdArgs& args, int64_t r)
-        : a(args), row(r), x_at(row_offset(args, args.x, r)), last(args.columns - 1) {
+        : a(args), row(r), x_at(row_begin(args, args.x, r)), last(args.columns - 1) {
         if constexpr (kFeatured) {
-            mask_at = row_offset(a, a.mask, row), bias_at = row_offset(a, a.bias, row);
+            mask_at = row_begin(a, a.mask, row), bias_at = row_begin(a, a.bias, row);
             if (a.causal_rows) last = int(min(int64_t(last), row % a.causal_rows));
         }
         if (row >= a.rows) last = -1;
@@ -162,12 +163,9 @@ FASTATTN_DEVICE uint32_t kept(const SoftmaxArgs& a, uint64_t seed, int64_t row, 
 #pragma unroll 1
     for (int i = 0; i < L::kVectors * L::kVector; ++i) {
         const int column = L::column(first, i / L::kVector) + i % L::kVector;
-        uint32_t words[4] = {uint32_t(column / 64 * 16 + column % 16), uint32_t(row),
-                             uint32_t(row >> 32), 0};
-        philox(words, seed);
-        const int word = column / 16 % 4;
-        const uint32_t even = word < 2 ? words[0] : words[2], odd = word < 2 ? words[1] : words[3];
-        bits |= uint32_t((word % 2 ? odd : even) >= a.threshold) << i;
+        uint32_t words[4];
+        philox_words(words, seed, column, int(row), int(row >> 32), 0);
+        bits |= uint32_t(word_of(words, column / 16) >= a.threshold) << i;
     }
     return bits;
 }
@@ -278,7 +276,7 @@ __global__ void __launch_bounds__(L::kThreads)
     const uint64_t seed = kFeatured && a.seed ? ld_global(a.seed) : 0;
     for (int64_t first_row = int64_t(blockIdx.x) * L::rows_of_block(); first_row < rows;
          first_row += int64_t(gridDim.x) * L::rows_of_block()) {
-        const int64_t row = first_row + L::row_of_thread(), dout_at = row_offset(a, a.dout, row);
+        const int64_t row = first_row + L::row_of_thread(), dout_at = row_begin(a, a.dout, row);
         float p[L::kVectors][kVector], dout[L::kVectors][kVector];
         float delta = 0.0f;
         for (int first = 0; first < a.columns; first += L::columns_at_once()) {
