@@ -111,6 +111,34 @@ FASTATTN_DEVICE void multiply(float (&acc)[kM][kN][4], LoadA load_a, LoadB load_
     }
 }
 
+// What `multiply` loads from tiles: a from rows, or transposed from columns; b transposed from a
+// warp's keys, or down columns. Each from `first` on.
+template <class From>
+FASTATTN_DEVICE auto rows_of(From tile, int first, unsigned lane) {
+    return [=](uint32_t (&a)[4], int m, int depth) {
+        tile.fragment_a(a, first + 16 * m, depth, lane);
+    };
+}
+template <class From>
+FASTATTN_DEVICE auto columns_of(From tile, int first, unsigned lane) {
+    return [=](uint32_t (&a)[4], int m, int depth) {
+        tile.fragment_a_trans(a, depth, first + 16 * m, lane);
+    };
+}
+template <class C>
+FASTATTN_DEVICE auto keys_of(typename C::Keys tile, unsigned lane) {
+    return [=](uint32_t (&b)[4], int n, int depth) {
+        ldmatrix_x4(b, tile.lane_at(lane / 16 * C::Scores::kStep + lane % 8, lane / 8 % 2,
+                                    C::Scores::column(n), depth / 8));
+    };
+}
+template <class From>
+FASTATTN_DEVICE auto down_columns_of(From tile, int first, unsigned lane) {
+    return [=](uint32_t (&b)[4], int n, int depth) {
+        tile.fragment_b_trans(b, depth, first + 8 * n, lane);
+    };
+}
+
 // dk or dv, times `factor`, by way of `tile` to `to`.
 template <class T, class C>
 FASTATTN_DEVICE void store(typename C::Keys tile, const typename C::Dkdv::Acc& acc, float factor,
@@ -213,6 +241,48 @@ FASTATTN_DEVICE void store_statistics(SharedAddress to, float2 statistics) {
     st_shared(to + 4 * (C::kBlockM + threadIdx.x), statistics.y);
 }
 
+// Adds ds k to the sum of dq; with `deterministic`, after the blocks of the keys before it.
+template <class T, class C>
+FASTATTN_DEVICE void add_dq(const AttentionBwdArgs& a, const Own& own, const Step& step,
+                            const DqSum& dq_sum, typename C::Weights ds, typename C::Keys k,
+                            unsigned lane) {
+    const int64_t row = dq_sum.first_row(a, own.s, step.batch, step.head) + step.first_row;
+    int* const turn = dq_sum.turns + row / DqSum::kTurnRows;
+#pragma unroll 1
+    for (int part = 0; part < C::kDqParts; ++part) {
+        constexpr int kN = C::Dq::kN / C::kDqParts;
+        const int column = C::Dq::column() + part * 8 * kN;
+        float dq[C::Dq::kM][kN][4];
+        clear(dq);
+        multiply<T, C::kBlockN>(dq, rows_of(ds, C::Dq::row(), lane),
+                                down_columns_of(k, column, lane));
+        if (a.deterministic && part == 0) {
+            const int last_row = min(step.first_row + C::kBlockM, own.s.seqlen_q) - 1;
+            const Range seen = keys_seen(a, own.s, step.first_row, last_row);
+            const int before = own.first_key / C::kBlockN - seen.begin / C::kBlockN;
+            if (threadIdx.x == 0)
+                while (ld_acquire(turn) != before) {
+                }
+            barrier();
+        }
+        float* const to =
+            dq_sum.sum + row * C::kHeadDim + DqSum::tile<C::kHeadDim>(C::Dq::row(), column) + lane;
+#pragma unroll
+        for (int m = 0; m < C::Dq::kM; ++m)
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    atomic_add(
+                        to + DqSum::tile<C::kHeadDim>(16 * m + 4 * (i & 2), 8 * n) + i % 2 * 32,
+                        dq[m][n][i]);
+    }
+    if (a.deterministic) {
+        barrier();
+        if (threadIdx.x == 0) add_release(turn, 1);
+    }
+}
+
 template <class T, class C, bool kFeatured>
 __global__ __launch_bounds__(C::kThreads, kFeatured ? 1 : C::kBlocks) void attention_bwd_kernel(
     const __grid_constant__ AttentionBwdArgs a, const DqSum dq_sum) {
@@ -268,30 +338,6 @@ __global__ __launch_bounds__(C::kThreads, kFeatured ? 1 : C::kBlocks) void atten
 
         // Addresses follow from the lane anew each time, or they would take too many registers.
         const unsigned lane = opaque(threadIdx.x % 32);
-        // Fragments of tiles: of a from its rows or, transposed, its columns, of b transposed from
-        // rows of keys or down its columns.
-        const auto rows_of = [=](auto tile, int first) {
-            return [=](uint32_t (&a)[4], int m, int depth) {
-                tile.fragment_a(a, first + 16 * m, depth, lane);
-            };
-        };
-        const auto columns_of = [=](auto tile, int first) {
-            return [=](uint32_t (&a)[4], int m, int depth) {
-                tile.fragment_a_trans(a, depth, first + 16 * m, lane);
-            };
-        };
-        const auto keys_of = [=](auto tile) {
-            return [=](uint32_t (&b)[4], int n, int depth) {
-                ldmatrix_x4(b, tile.lane_at(lane / 16 * Scores::kStep + lane % 8, lane / 8 % 2,
-                                            Scores::column(n), depth / 8));
-            };
-        };
-        const auto down_columns = [=](auto tile, int first) {
-            return [=](uint32_t (&b)[4], int n, int depth) {
-                tile.fragment_b_trans(b, depth, first + 8 * n, lane);
-            };
-        };
-
         cp_async_wait<0>();
         barrier();
         if (kStages > 1 && remaining > 1)
@@ -299,7 +345,7 @@ __global__ __launch_bounds__(C::kThreads, kFeatured ? 1 : C::kBlocks) void atten
         {
             typename C::Scores::Acc scores, dp;  // of (kBlockM, kBlockN)
             clear(scores);
-            multiply<T, kHeadDim>(scores, rows_of(q, Scores::row()), keys_of(k));
+            multiply<T, kHeadDim>(scores, rows_of(q, Scores::row(), lane), keys_of<C>(k, lane));
             const int last_row = min(step.first_row + kBlockM, s.seqlen_q);
             // Compares cost little next to features.
             if (!kFeatured && step.first_row >= walk.all_begin && last_row <= walk.all_end)
@@ -309,56 +355,24 @@ __global__ __launch_bounds__(C::kThreads, kFeatured ? 1 : C::kBlocks) void atten
             clear(dp);
             // Not unrolled whole: here registers are shortest.
             multiply<T, kHeadDim, (kHeadDim < 96 ? 4 : kHeadDim / 32)>(
-                dp, rows_of(dout, Scores::row()), keys_of(v));
+                dp, rows_of(dout, Scores::row(), lane), keys_of<C>(v, lane));
             score_gradients<T, C, kFeatured>(a, scores, dp, row_delta, ds, lane);
         }
         float2 next_statistics{};
         if (remaining > 1) next_statistics = load_statistics<C>(a, own, next_head, next_row);
         barrier();
 
-        multiply<T, kBlockM>(dv, columns_of(p, C::Dkdv::row()),
-                             down_columns(dout, C::Dkdv::column()));
-        multiply<T, kBlockM>(dk, columns_of(ds, C::Dkdv::row()),
-                             down_columns(q, C::Dkdv::column()));
+        multiply<T, kBlockM>(dv, columns_of(p, C::Dkdv::row(), lane),
+                             down_columns_of(dout, C::Dkdv::column(), lane));
+        multiply<T, kBlockM>(dk, columns_of(ds, C::Dkdv::row(), lane),
+                             down_columns_of(q, C::Dkdv::column(), lane));
         if (kStages == 1 && remaining > 1) {
             barrier();
             load_queries<T, C>(a, own, next_head, next_row, q_of(0), dout_of(0));
         }
         if (remaining > 1) store_statistics<C>(statistics_of(next_stage), next_statistics);
 
-        const int64_t row = dq_sum.first_row(a, s, step.batch, step.head) + step.first_row;
-        int* const turn = dq_sum.turns + row / DqSum::kTurnRows;
-        if (a.deterministic) {
-            const int last_row = min(step.first_row + kBlockM, s.seqlen_q) - 1;
-            const int first = keys_seen(a, s, step.first_row, last_row).begin / kBlockN;
-            if (threadIdx.x == 0)
-                while (ld_acquire(turn) != own.first_key / kBlockN - first) {
-                }
-            barrier();
-        }
-        float* const rows_to = dq_sum.sum + row * kHeadDim + lane;
-#pragma unroll 1
-        for (int part = 0; part < C::kDqParts; ++part) {
-            constexpr int kN = C::Dq::kN / C::kDqParts;
-            const int first = C::Dq::column() + part * 8 * kN;
-            float dq[C::Dq::kM][kN][4];
-            clear(dq);
-            multiply<T, kBlockN>(dq, rows_of(ds, C::Dq::row()), down_columns(k, first));
-            float* const to = rows_to + DqSum::tile<kHeadDim>(C::Dq::row(), first);
-#pragma unroll
-            for (int m = 0; m < C::Dq::kM; ++m)
-#pragma unroll
-                for (int n = 0; n < kN; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        atomic_add(
-                            to + DqSum::tile<kHeadDim>(16 * m + 4 * (i & 2), 8 * n) + i % 2 * 32,
-                            dq[m][n][i]);
-        }
-        if (a.deterministic) {
-            barrier();
-            if (threadIdx.x == 0) add_release(turn, 1);
-        }
+        add_dq<T, C>(a, own, step, dq_sum, ds, k, lane);
         stage = next_stage, step.head = next_head, step.first_row = next_row;
     }
 
