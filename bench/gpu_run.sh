@@ -6,7 +6,7 @@
 #   bench/gpu_run.sh bench [gpu.py's options]
 #   bench/gpu_run.sh all
 # Results go to $OUT, by default bench/results/gpu. It needs torch with CUDA, triton, pytest,
-# hypothesis, setuptools >= 77, pybind11, ninja and a C++ compiler, but no network.
+# hypothesis, setuptools >= 77, pybind11, ninja, nvcc and a C++ compiler, but no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -21,7 +21,7 @@ require_gpu() {
 
 # From tests/ or bench/, never from here, where the checkout would hide what is installed.
 build() {
-    "$python" -m pip install --quiet --no-build-isolation --no-deps . 2>&1 | tee "$out/build.txt"
+    FASTATTN_CUDA=${FASTATTN_CUDA:-on} "$python" -m pip install --quiet --no-build-isolation --no-deps . 2>&1 | tee "$out/build.txt"
     (cd tests && "$python" -m fastattn info) | tee "$out/info.txt"
 }
 

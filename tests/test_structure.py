@@ -209,7 +209,8 @@ def test_system_headers_come_before_the_target_region(path):
 def test_nothing_names_a_place_on_someones_machine():
     place = re.compile(r"(?<![\w.$}])/(?:home|root|work|Users)/\w")
     found = {}
-    for path in sources(".py", ".cpp", ".h", ".cu", ".md", ".toml", ".yml", ".yaml", ".txt"):
+    code = (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".sh")
+    for path in sources(*code, ".md", ".toml", ".yml", ".yaml", ".txt"):
         if match := place.search(path.read_text()):
             found[shown(path)] = match[0]
     assert found == {}

@@ -96,8 +96,8 @@ FAULTS_OF_WGMMA = {
 }
 FAULTS_OF_CLUSTERS = {
     "multicast_before_others_read": rf"tma_multicast_4d writes .* {RACE}|{LOADING}",
-    "multicast_of_others_not_announced": r"deadlock; .*at mbarrier_wait of parity 0 at the mbarrier "
-    r"at byte 0 \(phase 0: 0 of 1 arrivals and -8192 bytes missing\)",
+    "multicast_of_others_not_announced": r"deadlock; .*at mbarrier_wait of parity 0 at the "
+    r"mbarrier at byte 0 \(phase 0: 0 of 1 arrivals and -8192 bytes missing\)",
     "arrival_at_what_is_not_there": rf"mbarrier_arrive_at: .* not been initialised|{RACE}",
     "arrival_at_an_exited_block": r"mbarrier_arrive_at: block 1 of the cluster has exited",
     "arrival_beyond_the_cluster": r"mbarrier_arrive_at: the cluster has no block 2",
