@@ -7,6 +7,7 @@ normalizer calculation for softmax", 2018); in the backward it owns one block of
 The floor is one read of the logits in the forward, one read and one write in the backward.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -205,8 +206,7 @@ def _options(name: str, logits: Tensor) -> Config:
 
 def shipped() -> None:
     """Launch every kernel in every configuration, on meta tensors: see `aot`."""
-    half, single = torch.bfloat16, torch.float32
-    for dtype, columns in ((half, 64), (single, 1024), (half, 128256), (single, 128256)):
+    for dtype, columns in itertools.product((torch.bfloat16, torch.float32), (64, 1024, 128256)):
         logits = torch.empty(1, 2, 512, columns, device="meta", dtype=dtype)
         targets = torch.empty(1024, device="meta", dtype=torch.int64)
         losses, stats, factor = (

@@ -423,7 +423,8 @@ def _stride(tensor: Tensor | None) -> int:
 def shipped() -> None:
     """Launch every kernel in every configuration, on meta tensors: see `aot`."""
     half, single = torch.bfloat16, torch.float32
-    for dtype, columns in ((half, 256), (half, 8192), (single, 8192), (single, 16384)):
+    shapes = ((half, 256), (half, 8192), (half, 16384), (single, 8192), (single, 16384))
+    for dtype, columns in shapes:
         x = torch.empty(4096, columns, device="meta", dtype=dtype)
         weight = torch.empty(columns, device="meta", dtype=dtype)
         stats = torch.empty(2, 4096, device="meta", dtype=torch.float32)

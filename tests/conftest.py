@@ -4,6 +4,9 @@ import contextlib
 import importlib.util
 import os
 
+# Of numpy's small products in Triton's interpreter; torch and the CPU kernels have other threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

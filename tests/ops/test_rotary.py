@@ -83,7 +83,8 @@ def test_offsets(backend, batch, interleaved):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large(backend, dtype, interleaved):
     """More than one task, along each dim and in both layouts."""
-    for shape in ((2, 3, 300, 64), (2, 300, 3, 64), (300, 2, 1, 64), (1, 2, 3, 20000)):
+    many = 70 if backend == "triton" else 300  # to the interpreter one block either way
+    for shape in ((2, 3, many, 64), (2, many, 3, 64), (many, 2, 1, 64), (1, 2, 3, 20000)):
         cos, sin = tables(shape[2], min(shape[3], 64))
         check(torch.randn(shape).to(dtype), cos, sin, interleaved=interleaved)
         x = torch.randn(shape[0], shape[2], shape[1], shape[3]).to(dtype)
