@@ -15,6 +15,7 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 UNBOUNDED = 1 << 28  # sums of a position, an offset and a bound stay below 2^31
+FARTHEST = tl.constexpr(1 << 27)
 SIZES = ("seqlen_q", "seqlen_k", "offset")  # of kernels, which are not compiled for each
 
 
@@ -103,7 +104,8 @@ def extent(call, batch, seqlen_q, seqlen_k, offset):
     if call.seqlens_k is not None:
         len_k = tl.minimum(len_k, tl.load(call.seqlens_k + batch))
     if call.offsets is not None:
-        offset = tl.load(call.offsets + batch)
+        # Sums of a position, an offset and a bound stay below 2^31.
+        offset = tl.maximum(tl.minimum(tl.load(call.offsets + batch), FARTHEST), -FARTHEST)
     return start_q, start_k, len_q, len_k, offset
 
 

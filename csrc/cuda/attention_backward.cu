@@ -55,7 +55,7 @@ void launch_delta(const AttentionBwdArgs& a) {
     const int64_t all_rows = int64_t(a.cu_seqlens_q ? 1 : a.batch) * a.heads * rows;
     if (!all_rows) return;
     const int lanes = a.head_dim_v <= 64 ? 8 : a.head_dim_v <= 128 ? 16 : 32;
-    const dim3 grid(unsigned((all_rows + kThreads / lanes - 1) / (kThreads / lanes)));
+    const dim3 grid = grid_of((all_rows + kThreads / lanes - 1) / (kThreads / lanes));
     const auto kernel = lanes == 8    ? attention_delta_kernel<T, 8>
                         : lanes == 16 ? attention_delta_kernel<T, 16>
                                       : attention_delta_kernel<T, 32>;
@@ -101,7 +101,7 @@ void attention_dq(const AttentionBwdArgs& a, const DqSum& dq_sum) {
     const int64_t blocks = int64_t((a.seqlen_q + kBlockM - 1) / kBlockM) * a.heads * a.batch;
     if (!blocks) return;
     const auto kernel = a.bfloat16 ? attention_dq_kernel<bfloat16> : attention_dq_kernel<float16>;
-    launch(kernel, dim3(unsigned(blocks)), kThreads, 0, a.stream, a, dq_sum);
+    launch(kernel, grid_of(blocks), kThreads, 0, a.stream, a, dq_sum);
 }
 
 int64_t attention_dq_sum(const AttentionArgs& a, bool deterministic) {

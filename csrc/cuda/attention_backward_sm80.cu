@@ -393,8 +393,8 @@ void launch_kernel(const AttentionBwdArgs& a) {
     const int64_t blocks =
         int64_t((a.seqlen_k + C::kBlockN - 1) / C::kBlockN) * a.heads_kv * a.batch;
     if (blocks)
-        launch(attention_bwd_kernel<T, C, kFeatured>, dim3(unsigned(blocks)), C::kThreads,
-               C::kShared, a.stream, a, dq_sum);
+        launch(attention_bwd_kernel<T, C, kFeatured>, grid_of(blocks), C::kThreads, C::kShared,
+               a.stream, a, dq_sum);
     attention_dq(a, dq_sum);
 }
 

@@ -425,8 +425,8 @@ void launch_bwd(const AttentionBwdArgs& a) {
                     of_keys(a.v, a.v_strides, a.head_dim_v),
                     of_queries(a.dout, a.dout_strides, a.head_dim_v)};
     if (blocks)
-        launch(attention_bwd_kernel<C>, dim3(unsigned(blocks)), kThreads, Shared<C>::kBytes,
-               a.stream, a, dq_sum, maps);
+        launch(attention_bwd_kernel<C>, grid_of(blocks), kThreads, Shared<C>::kBytes, a.stream, a,
+               dq_sum, maps);
     attention_dq(a, dq_sum);
 }
 

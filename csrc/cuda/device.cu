@@ -72,13 +72,10 @@ std::string device_refusal(int device) {
     return probed == cudaSuccess ? "" : forget(probed);
 }
 
-OnDevice::OnDevice(int device) : device_(device) {
-    check(cudaGetDevice(&before_), "current device");
-    if (before_ != device_) check(cudaSetDevice(device_), "current device");
-}
-
-OnDevice::~OnDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
+void use_device(int device) {
+    int current = 0;
+    check(cudaGetDevice(&current), "current device");
+    if (current != device) check(cudaSetDevice(device), "current device");
 }
 
 }  // namespace fastattn::cuda

@@ -9,16 +9,8 @@ namespace fastattn::cuda {
 // capability 7.5 < 8.0"; empty if they can. It takes long: ask once a device.
 std::string device_refusal(int device);
 
-// Makes a device the current one of this thread as long as it lives.
-class OnDevice {
-  public:
-    explicit OnDevice(int device);
-    ~OnDevice();
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    int before_, device_;
-};
+// Makes a device the current one of this thread, as torch has made it: the runtime that is linked
+// here may be another than torch's.
+void use_device(int device);
 
 }  // namespace fastattn::cuda

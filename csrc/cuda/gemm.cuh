@@ -34,6 +34,12 @@ struct Divisor {
 // Tiles go down in groups of 2048 rows, so that those computed at once share operands in L2.
 constexpr int kGroupRows = 2048;
 
+inline int tiles_of(int64_t count) {
+    if (count >> 31)
+        throw std::invalid_argument("a product of " + std::to_string(count) + " tiles >= 2^31");
+    return int(count);
+}
+
 struct TileOrder {
     int down, across, count;  // count: of all splits
     Divisor tiles, group;     // by down * across, by those of a group
@@ -42,7 +48,7 @@ struct TileOrder {
     TileOrder(int m, int n, int splits, int block_m, int block_n)
         : down(ceil_div(m, block_m)),
           across(ceil_div(n, block_n)),
-          count(down * across * splits),
+          count(tiles_of(int64_t(down) * across * splits)),
           tiles(down * across),
           group(kGroupRows / block_m * across) {}
 };

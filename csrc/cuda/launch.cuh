@@ -2,15 +2,15 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #ifdef FASTATTN_EMULATION
 #include "emulation/launch.h"
 #else
 
 #include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 
 namespace fastattn::cuda {
 
@@ -59,3 +59,13 @@ Device current_device();
 }  // namespace fastattn::cuda
 
 #endif
+
+namespace fastattn::cuda {
+
+inline dim3 grid_of(int64_t blocks) {
+    if (blocks >> 31)
+        throw std::invalid_argument("a launch of " + std::to_string(blocks) + " blocks >= 2^31");
+    return dim3(unsigned(blocks));
+}
+
+}  // namespace fastattn::cuda

@@ -72,7 +72,8 @@ def attention(
             generator. The same seed drops the same weights on every backend.
         seqlens_k: int32 ``(batch,)``, number of valid keys of each sequence.
         cu_seqlens_q, cu_seqlens_k: int32 ``(batch + 1,)``, where each packed sequence begins.
-        max_seqlen_q, max_seqlen_k: longest packed sequence; computed if not given.
+        max_seqlen_q, max_seqlen_k: longest packed sequence; computed if not given, for which the
+            host waits for the device.
         block_table: int32 ``(batch, max_pages)``, the pages of each sequence's cache; needs
             `seqlens_k`.
         return_lse: return ``(out, lse)``.

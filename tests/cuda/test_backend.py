@@ -59,7 +59,7 @@ REFUSED = {
         [tensor.to(torch.float8_e4m3fn) for tensor in qkv()],
         {},
     ),
-    "head_dim_v=12, only multiples of 8": lambda: (qkv(16, 12), {}),
+    "head_dim_v=12, only positive multiples of 8": lambda: (qkv(16, 12), {}),
     "head_dim=264 > 256": lambda: (qkv(264, 8), {}),
     "mask: no CUDA C++ kernel takes one": lambda: (qkv(), dict(mask=torch.ones(4, 4).bool())),
     "bias: no CUDA C++ kernel takes one": lambda: (qkv(), dict(bias=torch.ones(4, 4))),
@@ -103,7 +103,7 @@ def test_other_ops(sm80):
     assert explained(fastattn.ffn, x, w, None, w, None).backend == "cuda"
     assert explained(fastattn.gated_ffn, x, w, w, w).backend == "cuda"
     odd = explained(fastattn.ffn, x, w[:12], None, w[:, :12], None)
-    assert odd.refusals["cuda"] == ["d_ff=12, only multiples of 8"]
+    assert odd.refusals["cuda"] == ["d_ff=12, only positive multiples of 8"]
     norm = explained(fastattn.layer_norm, x, w[0])
     assert norm.refusals["cuda"] == ["no CUDA C++ kernel of this op"]
 

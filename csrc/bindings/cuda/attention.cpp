@@ -76,7 +76,7 @@ void fwd(const Call& call, const Strided<4>& out, uintptr_t lse, int splits, uin
     a.lse = pointer<float>(lse), a.splits = splits;
     a.partial_out = pointer<float>(partial_out), a.partial_lse = pointer<float>(partial_lse);
     py::gil_scoped_release release;
-    const OnDevice on(call.device);
+    use_device(call.device);
     attention_fwd(a);
 }
 
@@ -93,17 +93,17 @@ void bwd(const Call& call, const Strided<4>& out, uintptr_t lse, const Strided<4
     a.dv = pointer<void>(dv.address), a.dv_strides = leading(dv.strides);
     a.dq_sum = pointer<float>(dq_sum), a.deterministic = deterministic;
     py::gil_scoped_release release;
-    const OnDevice on(call.device);
+    use_device(call.device);
     attention_bwd(a);
 }
 
 int splits(const Call& call) {
-    const OnDevice on(call.device);
+    use_device(call.device);
     return attention_splits(call.args);
 }
 
 int64_t dq_sum(const Call& call, bool deterministic) {
-    const OnDevice on(call.device);
+    use_device(call.device);
     return attention_dq_sum(call.args, deterministic);
 }
 

@@ -67,7 +67,7 @@ Call<FFNBwdArgs> bwd_call(const Where& where, DType dtype, int activation, const
 template <class Args>
 auto scratch_of(int64_t (*bytes)(const Args&)) {
     return [bytes](const Call<Args>& call) {
-        const OnDevice on(call.device);
+        use_device(call.device);
         return bytes(call.args);
     };
 }
@@ -78,7 +78,7 @@ auto run(void (*kernel)(const Args&)) {
         Args args = call.args;
         args.scratch = pointer<void>(scratch);
         py::gil_scoped_release release;
-        const OnDevice on(call.device);
+        use_device(call.device);
         kernel(args);
     };
 }

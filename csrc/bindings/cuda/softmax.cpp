@@ -36,7 +36,7 @@ void fwd(const Where& where, DType dtype, const Ints<4>& shape, double scale, bo
     a.causal_rows = causal_rows;
     a.out = pointer<void>(out), a.weights = pointer<void>(weights);
     py::gil_scoped_release release;
-    const OnDevice on(where.device);
+    use_device(where.device);
     softmax_fwd(a);
 }
 
@@ -47,7 +47,7 @@ void bwd(const Where& where, DType dtype, const Ints<4>& shape, double scale, bo
     a.weights = pointer<void>(weights), a.dout = rows(dout), a.dx = pointer<void>(dx);
     a.dscores = pointer<void>(dscores), a.dscores_dtype = dscores_dtype;
     py::gil_scoped_release release;
-    const OnDevice on(where.device);
+    use_device(where.device);
     softmax_bwd(a);
 }
 

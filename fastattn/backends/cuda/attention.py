@@ -8,7 +8,8 @@ from torch import Tensor
 from fastattn.backends.cuda import device
 
 MAX_HEAD_DIM = 256
-UNBOUNDED = 1 << 28  # of csrc/cuda/attention.h: beyond any sequence
+UNBOUNDED = 1 << 28  # of csrc/cuda/attention.h: beyond any sequence and offset
+FARTHEST = UNBOUNDED // 2
 
 
 def unsupported(problem) -> list[str]:
@@ -17,11 +18,13 @@ def unsupported(problem) -> list[str]:
     for name, most in (
         ("head_dim", MAX_HEAD_DIM),
         ("head_dim_v", MAX_HEAD_DIM),
-        ("seqlen_q", UNBOUNDED),
-        ("seqlen_k", UNBOUNDED),
+        ("seqlen_q", FARTHEST),
+        ("seqlen_k", FARTHEST),
     ):
         if getattr(problem, name) > most:
             reasons.append(f"{name}={getattr(problem, name)} > {most}")
+    if abs(problem.offset) > FARTHEST:
+        reasons.append(f"offset={problem.offset}, only -{FARTHEST} to {FARTHEST}")
     if problem.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"dtype={problem.dtype}, only float16 and bfloat16")
     if problem.mask:
@@ -98,6 +101,7 @@ def _call(problem, t):
     return call
 
 
+@device.on_device_of_tensors
 def attention_fwd(problem, t, with_lse=True) -> tuple[Tensor, Tensor | None]:
     """Output and, with_lse, the log-sum-exp of attention (see `fastattn.attention`)."""
     t = _in_kernels_layout(problem, t)
@@ -129,13 +133,15 @@ def attention_fwd(problem, t, with_lse=True) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+@device.on_device_of_tensors
 def attention_bwd(problem, t, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sinks, absent ones None."""
-    whole = lse.numel() and problem.seqlen_k and not (problem.packed or problem.seqlens_k)
+    runs = lse.numel() and problem.seqlen_q and problem.seqlen_k
+    whole = runs and not (problem.packed or problem.seqlens_k)
     grads = [torch.empty_like(x) if whole else torch.zeros_like(x) for x in t[:3]]
     lse, dlse = lse.contiguous(), device.contiguous(dlse)
-    delta = torch.zeros_like(lse)
-    if lse.numel() and problem.seqlen_q and problem.seqlen_k:
+    delta = torch.zeros_like(lse) if problem.packed or not runs else torch.empty_like(lse)
+    if runs:
         written = [device.aligned(grad) for grad in grads]
         by_row = [out, dout, *written]
         if problem.packed:

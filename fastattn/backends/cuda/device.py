@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +99,20 @@ def where(tensor: Tensor) -> tuple[int, int]:
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def on_device_of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function (problem, tensors, ...) of an op, run with the device of its tensors current."""
+
+    @functools.wraps(function)
+    def call(problem: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        device = t[0].device
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            return function(problem, t, *args, **kwargs)
+        with torch.cuda.device(device):
+            return function(problem, t, *args, **kwargs)
+
+    return call
+
+
 def pointer(tensor: Tensor | None) -> int:
     """The tensor's address, 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -139,7 +155,7 @@ def dropout(problem, seed: Tensor | None) -> tuple[int, int, float]:
 def multiples_of_8(problem, *names: str) -> list[str]:
     """A refusal for each of the named sizes that does not fill vectors of 16 bytes."""
     return [
-        f"{name}={size}, only multiples of 8"
+        f"{name}={size}, only positive multiples of 8"
         for name in names
         if (size := getattr(problem, name)) % 8 or not size
     ]

@@ -34,6 +34,7 @@ def _aligned(t):
     return t._replace(**{name: device.aligned(getattr(t, name)) for name in t._fields[:-1]})
 
 
+@device.on_device_of_tensors
 def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The output, and what `save` keeps of preact and hidden (see `fastattn.ffn`)."""
     rows, d_ff = problem.rows, problem.d_ff
@@ -52,6 +53,7 @@ def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return y, preact, hidden if problem.save == "all" else None
 
 
+@device.on_device_of_tensors
 def ffn_bwd(problem, t, preact, hidden, dy) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w_up, w2 and b2, None where absent or not asked for."""
     inputs = (t.x, t.w1, t.b1, t.w_up, t.w2, t.b2)

@@ -43,6 +43,7 @@ def _call(problem, on: Tensor, seed: Tensor | None) -> tuple:
     )
 
 
+@device.on_device_of_tensors
 def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
     """The softmax and, with dropout, the weights before it (see `fastattn.softmax`)."""
     out = t.x.new_empty(problem.shape)
@@ -62,6 +63,7 @@ def softmax_fwd(problem, t) -> tuple[Tensor, Tensor | None]:
     return out, weights
 
 
+@device.on_device_of_tensors
 def softmax_bwd(problem, t, p, dout) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and bias from the weights before dropout (from the result with log)."""
     dx = p.new_empty(problem.shape)

@@ -14,16 +14,21 @@ _backward = Kernels("attention_backward")
 _scores = Kernels("attention_scores")
 
 MAX_HEAD_DIM = 256
+FARTHEST = 1 << 27  # so that bounds beyond `UNBOUNDED` hide nothing
 _VECTORS = ("sinks", "offsets", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "block_table")
 
 
 def unsupported(problem) -> list[str]:
     """Why the kernels cannot run `problem`."""
+    limits = dict.fromkeys(("head_dim", "head_dim_v"), MAX_HEAD_DIM)
+    limits |= dict.fromkeys(("seqlen_q", "seqlen_k"), FARTHEST)
     reasons = [
-        f"{name}={getattr(problem, name)} > {MAX_HEAD_DIM}"
-        for name in ("head_dim", "head_dim_v")
-        if getattr(problem, name) > MAX_HEAD_DIM
+        f"{name}={getattr(problem, name)} > {most}"
+        for name, most in limits.items()
+        if getattr(problem, name) > most
     ]
+    if abs(problem.offset) > FARTHEST:
+        reasons.append(f"offset={problem.offset}, only -{FARTHEST} to {FARTHEST}")
     if problem.page_size and problem.op == "attention_bwd":
         reasons.append("block_table: no kernel for the gradient of a paged cache")
     return reasons
@@ -53,7 +58,7 @@ def _in_kernels_layout(problem, t):
 
 
 def _clamped(bound: int | None) -> int | None:
-    """A bound or offset in 32 bits, still beyond any sequence."""
+    """A bound in 32 bits, still beyond any sequence."""
     unbounded = _scores.UNBOUNDED
     return None if bound is None else max(-unbounded, min(unbounded, bound))
 
@@ -72,7 +77,7 @@ def _call(problem, t):
         softcap=problem.softcap or None,
         window_left=_clamped(problem.window_left),
         window_right=_clamped(problem.window_right),
-        offset=_clamped(problem.offset),
+        offset=problem.offset,
         offsets=t.offsets,
         seqlens_k=t.seqlens_k,
         cu_seqlens_q=t.cu_seqlens_q,

@@ -29,13 +29,16 @@ def refusals(problem) -> list[str]:
     """Why no Triton kernel can run `problem`, whatever the op."""
     reasons = []
     if problem.device not in _DEVICES:
-        reasons.append(f"device={problem.device}, only cuda (or any under TRITON_INTERPRET=1)")
+        reasons.append(f"device={problem.device}, only cuda (and cpu under TRITON_INTERPRET=1)")
     missing = _missing()
     if missing:
         reasons.append(missing)
     float8 = problem.dtype == torch.float8_e4m3fn and problem.op == "attention_fwd"
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16) and not float8:
-        reasons.append(f"dtype={problem.dtype}, only float32, float16 and bfloat16")
+        known = "float32, float16 and bfloat16"
+        if problem.op == "attention_fwd":
+            known = "float32, float16, bfloat16 and float8_e4m3fn"
+        reasons.append(f"dtype={problem.dtype}, only {known}")
     if problem.device == "cuda" and not INTERPRETED:
         if float8 and torch.version.hip:
             reasons.append(f"dtype={problem.dtype}, not on AMD GPUs")

@@ -14,8 +14,8 @@ _gemm = Kernels("gemm")
 
 def unsupported(problem) -> list[str]:
     """Why the kernels cannot run `problem`."""
-    empty = 0 in (problem.d_model, problem.d_ff, problem.d_out)
-    return ["an empty d_model, d_ff or d_out"] if empty else []
+    sizes = {name: getattr(problem, name) for name in ("d_model", "d_ff", "d_out")}
+    return [f"{name}=0, at least 1" for name, size in sizes.items() if not size]
 
 
 def ffn_fwd(problem, t) -> tuple[Tensor, Tensor | None, Tensor | None]:
