@@ -286,7 +286,7 @@ FASTATTN_DEVICE void add_dq(const AttentionBwdArgs& a, const Own& own, const Ste
 template <class T, class C, bool kFeatured>
 __global__ __launch_bounds__(C::kThreads, kFeatured ? 1 : C::kBlocks) void attention_bwd_kernel(
     const __grid_constant__ AttentionBwdArgs a, const DqSum dq_sum) {
-    constexpr int kBlockM = C::kBlockM, kBlockN = C::kBlockN, kHeadDim = C::kHeadDim;
+    constexpr int kBlockM = C::kBlockM, kHeadDim = C::kHeadDim;
     constexpr int kStages = C::kStages;
     using Queries = typename C::Queries;
     using Scores = typename C::Scores;
