@@ -2,8 +2,9 @@
 // Weights p = exp(score - lse) are computed again, and ds = p * (dp - delta) (FlashAttention-2, Dao
 // 2023, arXiv 2307.08691). A block owns kBlockN keys of one head of k and v, and walks the blocks
 // of kBlockM queries that see them, of one after the other of the heads that share it: so dk and dv
-// stay in registers and are written once. What it has for dq it adds to a scratch in float32, with
-// `deterministic` in the order of the keys. 10 * head_dim flops a visible score, in 5 products.
+// stay in registers and are written once, without atomics; there are the fewer blocks the more
+// heads share one. What a block has for dq it adds to a scratch in float32, with `deterministic` in
+// the order of the keys. 10 * head_dim flops a visible score, in 5 products.
 #include "cuda/attention_dq.cuh"
 #include "cuda/attention_gradient.cuh"
 #include "cuda/launch.cuh"
