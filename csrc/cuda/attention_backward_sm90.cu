@@ -202,43 +202,12 @@ FASTATTN_DEVICE void add_dq(const AttentionBwdArgs& a, const Own& own, Shared<C>
     bulk_wait<0>();
 }
 
-// products (64, kBlockM) = keys (64, kHeadDim) queries^T, asynchronously.
-template <class C>
-FASTATTN_DEVICE void multiply_queries(float (&products)[C::kBlockM / 8][4], SharedAddress keys,
-                                      SharedAddress queries) {
-    const uint64_t a = wgmma_operand(keys), b = wgmma_operand(queries);
-    wgmma_fence();
-#pragma unroll
-    for (int d = 0; d < C::kHeadDim; d += 16) {
-        const int panel = d / kPanel, bytes = d % kPanel * 2;
-        wgmma<typename C::T, C::kBlockM>(flat(products),
-                                         advanced(a, panel * (C::kBlockN * 128) + bytes),
-                                         advanced(b, panel * (C::kBlockM * 128) + bytes), d > 0);
-    }
-    wgmma_commit();
-}
-
-// acc (64, kHeadDim) += weights (64, kBlockM) queries (kBlockM, kHeadDim), asynchronously.
-template <class C>
-FASTATTN_DEVICE void add_queries(float (&acc)[C::kHeadDim / 8][4],
-                                 const uint32_t (&weights)[C::kBlockM / 16][4],
-                                 SharedAddress queries) {
-    const uint64_t b = wgmma_operand(queries, C::kBlockM * 128);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < C::kBlockM / 16; ++step)
-        wgmma<typename C::T, C::kHeadDim, true>(flat(acc), weights[step], advanced(b, step * 2048),
-                                                true);
-    wgmma_commit();
-}
-
 // dq (64, 64) = ds (., kBlockN) k (kBlockN, .), this consumer's rows or columns, asynchronously.
 template <class C>
 FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAddress k,
                                    int consumer) {
     const uint64_t a = wgmma_operand(ds + (C::kDqByRows ? consumer * (C::kBlockN * 128) : 0));
     const uint64_t b = wgmma_operand(k + (C::kDqByRows ? 0 : consumer * (C::kBlockN * 128)));
-    wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::kBlockN / 16; ++step)
         wgmma<typename C::T, 64, true, true>(flat(dq), advanced(a, step * 2048),
@@ -308,9 +277,11 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
             clear<kBlockM, kHeadDim>(dout, s.seqlen_q - first_row);
             consumers_meet();
         }
-        multiply_queries<C>(scores, k_rows, q);
+        wgmma_fence();
+        multiply_rows_of<T, C::kBlockN, kHeadDim>(scores, k_rows, q);
         mbarrier_wait(shared.dout_full(stage), parity);
-        multiply_queries<C>(dp, v_rows, dout);
+        wgmma_fence();
+        multiply_rows_of<T, C::kBlockN, kHeadDim>(dp, v_rows, dout);
         mbarrier_wait(shared.statistics_full(stage), parity);
         wgmma_wait<1>();
         wgmma_landed(flat(scores));
@@ -322,7 +293,8 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
             weights<kBlockM / 8, true>(a, s, scores, lse, key, row);
 #pragma unroll
         for (int i = 0; i < kBlockM / 16; ++i) weights_fragment<T>(p[i], scores, i);
-        add_queries<C>(dv, p, dout);
+        wgmma_fence();
+        add_weighted_rows<T>(dv, p, dout);
 
         wgmma_wait<1>();
         wgmma_landed(flat(dp));
@@ -342,8 +314,10 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
         }
         consumers_meet();
         float dq[8][4];
+        wgmma_fence();
         multiply_keys<C>(dq, ds_tile.base, shared.k(), consumer);
-        add_queries<C>(dk, ds, q);
+        wgmma_fence();
+        add_weighted_rows<T>(dk, ds, q);
 
         mbarrier_wait(shared.dq_empty(), step % 2 ^ 1);
         wgmma_wait<1>();

@@ -125,33 +125,6 @@ FASTATTN_DEVICE void produce(const AttentionArgs& args, const Schedule& schedule
     }
 }
 
-// scores (64, kBlockN) = q (64, kHeadDim) k^T, asynchronously.
-template <class C>
-FASTATTN_DEVICE void multiply_keys(float (&scores)[C::kBlockN / 8][4], SharedAddress q,
-                                   SharedAddress k) {
-    const uint64_t a = wgmma_operand(q), b = wgmma_operand(k);
-#pragma unroll
-    for (int d = 0; d < C::kHeadDim; d += 16) {
-        const int panel = d / kPanel, bytes = d % kPanel * 2;
-        wgmma<typename C::T, C::kBlockN>(flat(scores),
-                                         advanced(a, panel * (C::kBlockM * 128) + bytes),
-                                         advanced(b, panel * (C::kBlockN * 128) + bytes), d > 0);
-    }
-    wgmma_commit();
-}
-
-// acc (64, kHeadDimV) += p (64, kBlockN) v, asynchronously.
-template <class C>
-FASTATTN_DEVICE void multiply_values(float (&acc)[C::kHeadDimV / 8][4],
-                                     const uint32_t (&p)[C::kBlockN / 16][4], SharedAddress v) {
-    const uint64_t b = wgmma_operand(v, C::kBlockN * 128);
-#pragma unroll
-    for (int step = 0; step < C::kBlockN / 16; ++step)
-        wgmma<typename C::T, C::kHeadDimV, true>(flat(acc), p[step], advanced(b, step * 2048),
-                                                 true);
-    wgmma_commit();
-}
-
 // A thread's two rows: the maximum of their scores, the sum of the thread's weights, and what
 // results have to be multiplied with since the maximum changed.
 struct Rows {
@@ -258,7 +231,7 @@ FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& sched
             mbarrier_wait(shared.q_full(), tiles++ % 2);
             mbarrier_wait(shared.k_full(n), shared.parity(n));
             wgmma_fence();
-            multiply_keys<C>(scores, q_rows, shared.k(n));
+            multiply_rows_of<typename C::T, C::kBlockM, C::kHeadDim>(scores, q_rows, shared.k(n));
             wgmma_wait<0>();
             wgmma_landed(flat(scores));
             release(shared.k_full(n));
@@ -283,11 +256,12 @@ FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& sched
                 mbarrier_wait(shared.k_full(n + 1), shared.parity(n + 1));
                 await_turn();
                 wgmma_fence();
-                multiply_keys<C>(scores, q_rows, shared.k(n + 1));
+                multiply_rows_of<typename C::T, C::kBlockM, C::kHeadDim>(scores, q_rows,
+                                                                         shared.k(n + 1));
                 if (C::kRescaleLate) multiply_rows(acc, rows.rescale);
                 mbarrier_wait(shared.v_full(n), shared.parity(n));
                 wgmma_fence();
-                multiply_values<C>(acc, p, shared.v(n));
+                add_weighted_rows<typename C::T>(acc, p, shared.v(n));
                 end_turn();
                 wgmma_wait<1>();
                 wgmma_landed(flat(scores));
@@ -298,7 +272,7 @@ FASTATTN_DEVICE void consume(const AttentionFwdArgs& args, const Schedule& sched
             if (C::kRescaleLate) multiply_rows(acc, rows.rescale);
             mbarrier_wait(shared.v_full(n), shared.parity(n));
             wgmma_fence();
-            multiply_values<C>(acc, p, shared.v(n));
+            add_weighted_rows<typename C::T>(acc, p, shared.v(n));
             place = place_of(schedule, step);
             wgmma_wait<0>();
             wgmma_landed(flat(acc));

@@ -31,6 +31,34 @@ FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
     return reinterpret_cast<float (&)[4 * kTiles]>(tiles);
 }
 
+// products (64, n) = a (64, kDepth) b^T, asynchronously: `a` is the first of 64 rows of a tile of
+// kRowsA rows, b (n, kDepth) a tile. After wgmma_fence.
+template <class T, int kRowsA, int kDepth, int kTiles>
+FASTATTN_DEVICE void multiply_rows_of(float (&products)[kTiles][4], SharedAddress a,
+                                      SharedAddress b) {
+    constexpr int kRowsB = 8 * kTiles;
+    const uint64_t rows_a = wgmma_operand(a), rows_b = wgmma_operand(b);
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 16) {
+        const int panel = d / kPanel, bytes = d % kPanel * 2;
+        wgmma<T, kRowsB>(flat(products), advanced(rows_a, panel * (kRowsA * 128) + bytes),
+                         advanced(rows_b, panel * (kRowsB * 128) + bytes), d > 0);
+    }
+    wgmma_commit();
+}
+
+// acc (64, n) += weights (64, 16 * kSteps) rows, asynchronously: `rows` (16 * kSteps, n) is a tile.
+// After wgmma_fence.
+template <class T, int kTiles, int kSteps>
+FASTATTN_DEVICE void add_weighted_rows(float (&acc)[kTiles][4],
+                                       const uint32_t (&weights)[kSteps][4], SharedAddress rows) {
+    const uint64_t b = wgmma_operand(rows, 16 * kSteps * 128);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+        wgmma<T, 8 * kTiles, true>(flat(acc), weights[step], advanced(b, step * 2048), true);
+    wgmma_commit();
+}
+
 // Writes zeros over rows [row, kRows) of a tile; this is one of `threads` threads that do. What
 // lies beyond a sequence may be NaN, which weights of 0 would not hide.
 template <int kRows, int kColumns>
