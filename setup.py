@@ -42,7 +42,7 @@ SM80 = (
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80 "
     "-gencode arch=compute_90,code=sm_90"
 )
-NVCC_LINK = ("-cudart", "static", "--forward-unknown-to-host-compiler")
+NVCC_LINK = ("-cudart", "static", "--no-device-link", "--forward-unknown-to-host-compiler")
 OR_OFF = "or set FASTATTN_NATIVE=off to install without native kernels"
 
 
