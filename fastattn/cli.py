@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     demo = commands.add_parser("demo", help="speed up stock models, then train one, and report")
-    demo.add_argument("--quick", action="store_true", help="less training, under 30 seconds")
+    demo.add_argument("--quick", action="store_true", help="less training, about a minute")
     demo.add_argument(
         "--out", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="for the report"
     )

@@ -88,8 +88,8 @@ def select(problem: Any) -> ModuleType:
         recording.append(Choice(problem, backend.NAME if backend else None, refusals))
     if backend is None:
         asked = {forced: refusals[forced]} if forced else refusals
-        reasons_text = "; ".join(f"{name}: {', '.join(why)}" for name, why in asked.items())
-        raise BackendError(f"{problem.op} cannot run on {forced or 'any backend'}: {reasons_text}")
+        reasons_text = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in asked.items())
+        raise BackendError(f"{problem.op} cannot run on {forced or 'any backend'}:\n{reasons_text}")
     if len(_selected) >= _SELECTED_LIMIT:
         _selected.clear()
     _selected[key] = backend

@@ -55,8 +55,9 @@ def attention(
             `heads_kv` (grouped-query attention, Ainslie et al. 2023).
         v: as `k`, with ``head_dim_v`` in place of ``head_dim``.
         softmax_scale: factor of the scores; default ``1 / sqrt(head_dim)``.
-        causal: hide the keys right of the diagonal: ``window[1] = 0``.
-        window: inclusive bounds (left, right) of the visible band, None for no bound.
+        causal: hide the keys right of the diagonal: ``window[1]`` is at most 0.
+        window: inclusive bounds (left, right) of the visible band, None for no bound (not -1, which
+            would be a band that ends left of the diagonal).
         offset: diagonal of the band: 0 aligns top left as PyTorch does,
             ``seqlen_k - seqlen_q`` bottom right as flash-attention does. An int32 tensor
             ``(batch,)`` gives each sequence its own.
@@ -96,7 +97,10 @@ def attention(
     device_type = q.device.type
     if common.autocast_enabled(device_type):
         q, k, v = common.autocast(device_type, q, k, v)  # type: ignore[assignment]
-    left, right = window
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(f"window: expected (left, right), got {window!r}") from None
     if causal:
         right = 0 if right is None else min(right, 0)
     offset_tensor = None

@@ -88,7 +88,7 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_dropout(dropout_p: float) -> None:
     """Raise unless ``0 <= dropout_p < 1``."""
-    if not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
 
 

@@ -30,7 +30,7 @@ ENTRY_POINTS = (
 _files = sorted(path.name for path in Path(__file__).parents[2].glob("_C*.so"))
 MISSING: str | None = None
 try:
-    from fastattn import _C
+    import fastattn._C as _C  # `from fastattn import` would speak of a circular import
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     MISSING = f"native module not available: {error}"
