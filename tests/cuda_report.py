@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build/cuda-report"
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", f"-I{CSRC}", "-Xptxas", "-v")
-DEFAULT = ("sm_80", "sm_100", "sm_90a")
+DEFAULT = ("sm_80", "sm_90", "sm_100", "sm_90a")
+# What a kernel consists of that is left empty on a target where it never runs.
+NOTHING = ("MOV", "LDC", "EXIT", "BRA", "NOP")
 # The kernels that make no matrix products, by the middle of their names.
 PLAIN = ("delta", "dq", "combine", "softmax", "sum_rows", "probe")
 MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_90a": "HGMMA", "sm_100": "HMMA"}
@@ -54,6 +56,7 @@ class Kernel(NamedTuple):
     shared: int
     matrix: dict[str, int]  # HMMA, HGMMA: how many
     local: int  # loads and stores of local memory
+    empty: bool
 
     @property
     def plain(self) -> bool:
@@ -124,9 +127,17 @@ def parse_sass(lines: Iterable[str]) -> dict[str, dict[str, int]]:
     current: dict[str, int] = {}
     for line in lines:
         if match := re.search(r"\bFunction : (\w+)", line):
-            current = kernels.setdefault(match[1], dict.fromkeys(("HMMA", "HGMMA", "local"), 0))
-        elif match := re.search(r"\*/\s+(?:@!?\w+\s+)?(HMMA|HGMMA|LDL|STL)\b", line):
-            current["local" if match[1] in ("LDL", "STL") else match[1]] += 1
+            names = ("HMMA", "HGMMA", "local", "other")
+            current = kernels.setdefault(match[1], dict.fromkeys(names, 0))
+        elif current.get("other") and not any(word in line for word in ("MMA", "LDL", "STL")):
+            continue  # most lines
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", line):
+            if match[1] in ("HMMA", "HGMMA"):
+                current[match[1]] += 1
+            elif match[1] in ("LDL", "STL"):
+                current["local"] += 1
+            elif match[1] not in NOTHING:
+                current["other"] += 1
     return kernels
 
 
@@ -158,7 +169,7 @@ def faults(kernel: Kernel) -> list[str]:
     if kernel.local:
         wrong.append(f"{kernel.local} accesses of local memory")
     wanted = MATRIX_INSTRUCTION[kernel.target]
-    if not kernel.plain and not kernel.matrix[wanted]:
+    if not kernel.plain and not kernel.empty and not kernel.matrix[wanted]:
         wrong.append(f"no {wanted}")
     return wrong
 
@@ -203,11 +214,8 @@ def table(source: Path, target: str, ptxas: str, sass: Iterable[str]) -> list[Ke
     for mangled, name in zip(usage, shortened(list(usage)), strict=True):
         counts = code[mangled]
         matrix = {key: counts[key] for key in ("HMMA", "HGMMA")}
-        rows.append(
-            Kernel(
-                target, source.name, name, **usage[mangled], matrix=matrix, local=counts["local"]
-            )
-        )
+        rest = {"local": counts["local"], "empty": not any(counts.values())}
+        rows.append(Kernel(target, source.name, name, **usage[mangled], matrix=matrix, **rest))
     return rows
 
 
@@ -231,6 +239,7 @@ def row(kernel: Kernel) -> str:
     """A line of the table."""
     numbers = (kernel.registers, kernel.stack, kernel.spills, kernel.shared)
     matrix = " ".join(f"{count} {name}" for name, count in kernel.matrix.items() if count) or "-"
+    matrix = "empty" if kernel.empty else matrix
     text = f"{kernel.target:7}" + "".join(f" {number:>6}" for number in numbers)
     text += f" {kernel.local:>6} {matrix:>12}  {kernel.name}"
     return text + "".join(f"  FAILED: {fault}" for fault in faults(kernel))

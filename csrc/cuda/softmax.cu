@@ -365,8 +365,8 @@ void with_layout(const Args& a, F kernel_of) {
         int(std::min<int64_t>((a.columns + 32 * 16 - 1) / (32 * 16), kMaxThreads / 32));
     if (a.columns <= kMaxThreads * 16)
         return start(Layout<kWholeBlock, 16, kVector, false>{}, 32 * warps);
-    // 16 float32 of each of the backward's two tensors would not fit in registers.
-    start(Layout<kWholeBlock, kVector == 4 ? 8 : 16, kVector, true>{}, kMaxThreads);
+    // A loop around 16 float32 of each of two tensors, or around 16 addresses, would spill.
+    start(Layout<kWholeBlock, kVector == 8 ? 16 : 8, kVector, true>{}, kMaxThreads);
 }
 
 template <class F>

@@ -28,7 +28,7 @@ SASS = """\
 def kernel(**facts):
     given = dict(
         target="sm_80", file="attention.cu", name="attention_fwd_kernel<64>", registers=168,
-        stack=0, spills=0, shared=0, matrix={"HMMA": 64, "HGMMA": 0}, local=0,
+        stack=0, spills=0, shared=0, matrix={"HMMA": 64, "HGMMA": 0}, local=0, empty=False,
     )  # fmt: skip
     return report.Kernel(**given | facts)
 
@@ -56,6 +56,7 @@ def test_what_the_tools_print_is_read():
         (dict(stack=24), ["stack of 24 bytes"]),
         (dict(local=3), ["3 accesses of local memory"]),
         (dict(matrix={"HMMA": 0, "HGMMA": 0}), ["no HMMA"]),
+        (dict(matrix={"HMMA": 0, "HGMMA": 0}, empty=True), []),
         (dict(target="sm_90a"), ["no HGMMA"]),
         (dict(target="sm_90a", matrix={"HMMA": 0, "HGMMA": 8}), []),
         (dict(name="attention_delta_kernel<64>", matrix={"HMMA": 0, "HGMMA": 0}), []),
@@ -90,7 +91,15 @@ def test_every_file_has_its_targets():
     for source in report.CSRC.glob("cuda/*.cu"):
         on_hopper = "wgmma.cuh" in source.read_text() or source.stem.endswith("_sm90")
         suitable = [target for target in report.DEFAULT if report.suits(source, target)]
-        assert suitable == (["sm_90a"] if on_hopper else ["sm_80", "sm_100"]), source.stem
+        assert suitable == (["sm_90a"] if on_hopper else ["sm_80", "sm_90", "sm_100"]), source.stem
+
+
+def test_a_kernel_that_never_runs_is_empty():
+    sass = "\t\tFunction : f\n  /*0000*/   LDC R1, c[0x0][0x28] ;\n  /*0010*/   @P0 EXIT ;\n"
+    counted = report.parse_sass((sass + "  /*0020*/   BRA 0x20 ;").splitlines())
+    assert not any(counted["f"].values())
+    counted = report.parse_sass((sass + "  /*0020*/   STG.E [R2], R3 ;").splitlines())
+    assert counted["f"]["other"] == 1
 
 
 @pytest.fixture
