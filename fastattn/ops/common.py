@@ -1,5 +1,6 @@
 """What every op shares: when an eager call may skip torch's dispatcher, and autocast."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -88,7 +89,7 @@ def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_dropout(dropout_p: float) -> None:
     """Raise unless ``0 <= dropout_p < 1``."""
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, numbers.Real) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
 
 
