@@ -41,6 +41,7 @@ LEVELS = (
     ("ops",),
     ("nn",),
     ("models", "integrations", "distributed"),
+    ("training",),
     ("info", "tune"),
     ("demo",),
     ("cli",),
