@@ -1,0 +1,1 @@
+"""Training of the models of `fastattn.models`: ``python -m fastattn train``."""

@@ -1,0 +1,47 @@
+"""Data to learn from that comes inside installed packages: nothing is downloaded.
+
+Each module here has a function ``load(...) -> Dataset``. What its examples are depends on the task:
+
+- translation: ``(source, target)``, two strings;
+- text classification: ``(text, label)``, two strings;
+- language modeling: a document, a string;
+- image classification: ``(image, label)``, a float tensor ``(channels, height, width)`` with
+  values from 0 to 1, and a string.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+NAMES = ("dates", "digits", "english", "languages")
+
+
+class Dataset(NamedTuple):
+    """Examples to train on, and others that training never sees."""
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+
+
+def load(name: str, **options: Any) -> Dataset:
+    """The data set of that name.
+
+    Args:
+        name: one of ``NAMES``.
+        options: of its module's `load`.
+
+    Raises:
+        ValueError: an unknown name.
+        ModuleNotFoundError: the package that it comes in is missing; the message says which.
+    """
+    if name not in NAMES:
+        raise ValueError(f"dataset: expected one of {', '.join(NAMES)}, got {name!r}")
+    try:
+        module = import_module(f"fastattn.training.datasets.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastattn"):
+            raise
+        raise ModuleNotFoundError(
+            f"dataset {name} needs {error.name}: pip install 'fastattn[recipes]'", name=error.name
+        ) from error
+    return module.load(**options)
