@@ -1,17 +1,20 @@
-"""The parts that models are made of: embeddings, attention blocks, layers, stacks of layers."""
+"""The parts that models are made of: attention blocks, layers, stacks of layers."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastattn.models.cache import KeyValueCache
-from fastattn.nn import FeedForward, LayerNorm
+from fastattn.models.embeddings import RelativePositionBias
+from fastattn.nn import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from fastattn.nn.norm import add_norm
-from fastattn.ops import attention, softmax
+from fastattn.ops import attention, rotary, softmax
+
+Norm = LayerNorm | RMSNorm
 
 
 class KeysValues(NamedTuple):
@@ -21,72 +24,57 @@ class KeysValues(NamedTuple):
     v: Tensor
 
 
-def sinusoids(max_positions: int, d_model: int) -> Tensor:
-    """``(max_positions, d_model)``, sines and cosines by turns (Vaswani et al. 2017, 3.5)."""
-    position = torch.arange(max_positions, dtype=torch.float64)[:, None]
-    frequency = torch.exp(
-        torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model)
-    )
-    table = torch.empty(max_positions, d_model, dtype=torch.float64)
-    table[:, 0::2] = torch.sin(position * frequency)
-    table[:, 1::2] = torch.cos(position * frequency[: d_model // 2])
-    return table.to(torch.get_default_dtype())
-
-
-class Embedding(nn.Module):
-    """``dropout(sqrt(d_model) * token + position)`` (Vaswani et al. 2017, sections 3.4 and 3.5).
-
-    Args:
-        vocab_size: number of tokens.
-        d_model: size of the representations.
-        max_positions: longest row.
-        positions: "sinusoidal", or "learned", which begins as the sinusoids.
-        dropout: probability of dropping an element in training.
-    """
-
-    positions: Tensor
-
-    def __init__(
-        self, vocab_size: int, d_model: int, max_positions: int, positions: str, dropout: float
-    ) -> None:
-        super().__init__()
-        self.scale = math.sqrt(d_model)
-        self.tokens = nn.Embedding(vocab_size, d_model)
-        nn.init.normal_(self.tokens.weight, std=d_model**-0.5)
-        table = sinusoids(max_positions, d_model)
-        if positions == "learned":
-            self.positions = nn.Parameter(table)
-        else:
-            self.register_buffer("positions", table, persistent=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Tokens ``(batch, seqlen)`` to ``(batch, seqlen, d_model)``; the first is at `start`."""
-        positions = self.positions[start : start + tokens.shape[1]]
-        return self.dropout(self.tokens(tokens) * self.scale + positions)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention of a sequence to itself, its projections to q, k and v in one product.
 
     Args:
         d_model: size of input and output.
-        num_heads: heads, a divisor of `d_model`.
+        num_heads: heads.
         dropout: probability of dropping an attention weight in training.
         bias: learn additive biases.
+        qkv_bias: of the projection to q, k and v; default `bias`.
+        num_heads_kv: heads of keys and values, a divisor of `num_heads` (Ainslie et al. 2023);
+            default `num_heads`.
+        head_dim: size of a head; default ``d_model / num_heads``.
+        softmax_scale: factor of the scores; default ``1 / sqrt(head_dim)``.
+        window: how many tokens each sees, itself included, to the left and, unless causal, to the
+            right (Beltagy et al. 2020); default all.
+        softcap: of the scores, as in `fastattn.attention`.
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, dropout: float = 0.0, bias: bool = True
+        self,
+        d_model: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        qkv_bias: bool | None = None,
+        num_heads_kv: int | None = None,
+        head_dim: int | None = None,
+        softmax_scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.num_heads_kv = num_heads_kv or num_heads
+        self.head_dim = head_dim or d_model // num_heads
         self.dropout = dropout
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.softmax_scale = softmax_scale
+        self.window = (None, None) if window is None else (window - 1, window - 1)
+        self.softcap = softcap
+        width = (num_heads + 2 * self.num_heads_kv) * self.head_dim
+        self.in_proj = nn.Linear(d_model, width, bias=bias if qkv_bias is None else qkv_bias)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=bias)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return _heads(self.in_proj(x), 3, self.num_heads)
+        projected = self.in_proj(x)
+        if self.num_heads_kv == self.num_heads:
+            return _heads(projected, 3, self.num_heads)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        parts = (self.num_heads, self.num_heads_kv, self.num_heads_kv)
+        return tuple(part.transpose(1, 2) for part in heads.split(parts, 2))
 
     def forward(
         self,
@@ -95,6 +83,8 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         cache: KeyValueCache | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """``(batch, seqlen, d_model)`` to the same shape.
 
@@ -103,22 +93,52 @@ class SelfAttention(nn.Module):
             mask: boolean, True = take part, broadcastable to (batch, heads, seqlen, keys).
             causal: each token sees only itself and those before it.
             cache: keys and values of the tokens before `x`; those of `x` are appended.
+            rotation: cosines and sines of q and k, of `RotaryTables`: of all positions
+                ``(max_positions, head_dim / 2)``, or of these tokens' ``(batch, seqlen, ...)``.
+            bias: added to the scores, broadcastable to (batch, heads, seqlen, keys).
         """
         q, k, v = self._project(x)
-        offset = 0
+        offset = 0 if cache is None else cache.length
+        if rotation is not None:
+            cos, sin = rotation
+            start = offset if cos.dim() == 2 else 0
+            q, k = rotary(q, cos, sin, offset=start), rotary(k, cos, sin, offset=start)
         if cache is not None:
-            offset = cache.length
             k, v = cache.append(k, v)
             # The newest token alone sees every key: no band is needed.
-            causal = causal and q.shape[2] > 1
-        dropout_p = self.dropout if self.training else 0.0
-        out = attention(q, k, v, causal=causal, offset=offset, mask=mask, dropout_p=dropout_p)
+            causal = causal and (q.shape[2] > 1 or self.window[0] is not None)
+        out = attention(
+            q,
+            k,
+            v,
+            softmax_scale=self.softmax_scale,
+            causal=causal,
+            window=self.window,
+            offset=offset,
+            mask=mask,
+            bias=bias,
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return self.out_proj(_joined(out))
 
-    def weights(self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def weights(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """The attention weights of `forward`, ``(batch, heads, seqlen, seqlen)``, undropped."""
+        if self.window != (None, None) or self.softcap is not None:
+            raise ValueError("weights: expected a model without window and softcap")
         q, k, _ = self._project(x)
-        return _weights(q, k, mask, causal)
+        if rotation is not None:
+            q, k = (rotary(y, *rotation) for y in (q, k))
+        k = k.repeat_interleave(self.num_heads // self.num_heads_kv, 1)
+        return _weights(q, k, mask, causal, self.softmax_scale, bias)
 
 
 class CrossAttention(nn.Module):
@@ -126,20 +146,27 @@ class CrossAttention(nn.Module):
 
     Args:
         d_model: size of both sequences and of the output.
-        num_heads: heads, a divisor of `d_model`.
-        dropout: probability of dropping an attention weight in training.
-        bias: learn additive biases.
+        num_heads, dropout, bias, head_dim, softmax_scale: as in `SelfAttention`.
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, dropout: float = 0.0, bias: bool = True
+        self,
+        d_model: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        head_dim: int | None = None,
+        softmax_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.q_proj = nn.Linear(d_model, d_model, bias=bias)
-        self.kv_proj = nn.Linear(d_model, 2 * d_model, bias=bias)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.softmax_scale = softmax_scale
+        width = num_heads * (head_dim or d_model // num_heads)
+        self.q_proj = nn.Linear(d_model, width, bias=bias)
+        self.kv_proj = nn.Linear(d_model, 2 * width, bias=bias)
+        self.out_proj = nn.Linear(width, d_model, bias=bias)
 
     def keys_values(self, memory: Tensor) -> KeysValues:
         """Keys and values of `memory`, ``(batch, seqlen_k, d_model)``, for `forward`."""
@@ -156,23 +183,36 @@ class CrossAttention(nn.Module):
         """
         batch = memory.k.shape[0]
         queries = x.shape[0] // max(batch, 1) * x.shape[1]
-        (q,) = _heads(self.q_proj(x).view(batch, queries, x.shape[-1]), 1, self.num_heads)
-        dropout_p = self.dropout if self.training else 0.0
-        out = attention(q, memory.k, memory.v, mask=mask, dropout_p=dropout_p)
-        return self.out_proj(_joined(out).view(x.shape))
+        projected = self.q_proj(x)
+        (q,) = _heads(projected.view(batch, queries, projected.shape[-1]), 1, self.num_heads)
+        out = attention(
+            q,
+            memory.k,
+            memory.v,
+            softmax_scale=self.softmax_scale,
+            mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(_joined(out).view(projected.shape))
 
     def weights(self, x: Tensor, memory: KeysValues, *, mask: Tensor | None = None) -> Tensor:
         """The attention weights of `forward`, ``(batch, heads, seqlen_q, seqlen_k)``, undropped."""
         (q,) = _heads(self.q_proj(x), 1, self.num_heads)
-        return _weights(q, memory.k, mask, False)
+        return _weights(q, memory.k, mask, False, self.softmax_scale)
 
 
 def _heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(batch, seqlen, parts * d_model) as views (batch, heads, seqlen, head_dim), one a part."""
+    """(batch, seqlen, parts * width) as views (batch, heads, seqlen, head_dim), one a part."""
     batch, seqlen, width = projected.shape
     split = projected.view(batch, seqlen, parts, num_heads, width // (parts * num_heads))
     # Apart before turned: the gradients are then joined in the projection's layout, in one copy.
     return tuple(part.transpose(1, 2) for part in split.unbind(2))
+
+
+def _norm(kind: str, d_model: int, eps: float, bias: bool) -> Norm:
+    if kind == "rms":
+        return RMSNorm(d_model, eps=eps)
+    return LayerNorm(d_model, eps=eps, bias=bias)
 
 
 def _joined(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -180,8 +220,16 @@ def _joined(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return cast(Tensor, out).transpose(1, 2).flatten(2)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    return softmax(q @ k.mT, scale=q.shape[-1] ** -0.5, mask=mask, causal=causal)
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return softmax(q @ k.mT, scale=scale, mask=mask, bias=bias, causal=causal)
 
 
 class Layer(nn.Module):
@@ -192,10 +240,14 @@ class Layer(nn.Module):
     Args:
         d_model, num_heads, d_ff: sizes.
         cross_attention: attend to a memory too, as a decoder's layer does.
-        dropout: of each sublayer's output, and of the feed-forward network's hidden layer.
+        dropout: of each sublayer's output, and of the hidden layer of a feed-forward network that
+            is not gated.
         attention_dropout: of the attention weights.
         activation: "relu", "gelu", "gelu_tanh", "silu".
-        norm_first, bias, layer_norm_eps: as in `TransformerConfig`.
+        gated: the feed-forward network is gated (Shazeer 2020), without biases.
+        norm: "layer" or "rms".
+        norm_first, bias, norm_eps: as in `TransformerConfig`.
+        attention: further options of `SelfAttention`.
     """
 
     def __init__(
@@ -208,50 +260,57 @@ class Layer(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         activation: str = "relu",
+        gated: bool = False,
+        norm: str = "layer",
         norm_first: bool = False,
         bias: bool = True,
-        layer_norm_eps: float = 1e-5,
+        norm_eps: float = 1e-5,
+        **attention: Any,
     ) -> None:
         super().__init__()
 
-        def norm() -> LayerNorm:
-            return LayerNorm(d_model, eps=layer_norm_eps, bias=bias)
+        def make_norm() -> Norm:
+            return _norm(norm, d_model, norm_eps, bias)
 
         self.norm_first = norm_first
-        self.self_attn = SelfAttention(d_model, num_heads, attention_dropout, bias)
-        self.self_attn_norm = norm()
+        self.self_attn = SelfAttention(d_model, num_heads, attention_dropout, bias, **attention)
+        self.self_attn_norm = make_norm()
         self.has_cross_attention = cross_attention
         if cross_attention:
-            self.cross_attn = CrossAttention(d_model, num_heads, attention_dropout, bias)
-            self.cross_attn_norm = norm()
-        self.feed_forward = FeedForward(d_model, d_ff, dropout, activation, bias)
-        self.feed_forward_norm = norm()
+            shared = {key: attention.get(key) for key in ("head_dim", "softmax_scale")}
+            self.cross_attn = CrossAttention(d_model, num_heads, attention_dropout, bias, **shared)
+            self.cross_attn_norm = make_norm()
+        self.feed_forward = (
+            GatedFeedForward(d_model, d_ff, activation)
+            if gated
+            else FeedForward(d_model, d_ff, dropout, activation, bias)
+        )
+        self.feed_forward_norm = make_norm()
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        cache: KeyValueCache | None = None,
         memory: KeysValues | None = None,
         memory_mask: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """``(batch, seqlen, d_model)`` to the same shape.
 
         Args:
-            x, mask, causal, cache: as in `SelfAttention`.
+            x: as in `SelfAttention`.
             memory, memory_mask: as in `CrossAttention`; for a layer that has one.
+            options: of `SelfAttention`: mask, causal, cache, rotation, bias.
         """
 
         def attend(y: Tensor) -> Tensor:
-            return self.self_attn(y, mask=mask, causal=causal, cache=cache)
+            return self.self_attn(y, **options)
 
         def attend_memory(y: Tensor) -> Tensor:
             return self.cross_attn(y, memory, mask=memory_mask)
 
-        sublayers: list[tuple[LayerNorm, Callable[[Tensor], Tensor]]]
+        sublayers: list[tuple[Norm, Callable[[Tensor], Tensor]]]
         sublayers = [(self.self_attn_norm, attend)]
         if self.has_cross_attention:
             sublayers.append((self.cross_attn_norm, attend_memory))
@@ -273,17 +332,32 @@ class Stack(nn.Module):
     Args:
         num_layers: how many.
         d_model, num_heads, d_ff, options: of each `Layer`.
+        position_bias: added to the scores of every layer's self-attention.
+        checkpoint_activations: in training keep only each layer's input, and compute the rest
+            again in the backward (Chen et al. 2016).
     """
 
-    def __init__(self, num_layers: int, d_model: int, num_heads: int, d_ff: int, **options) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        *,
+        position_bias: RelativePositionBias | None = None,
+        checkpoint_activations: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
+        self.checkpoint_activations = checkpoint_activations
+        self.position_bias = position_bias
         self.layers = nn.ModuleList(
             Layer(d_model, num_heads, d_ff, **options) for _ in range(num_layers)
         )
-        self.norm: LayerNorm | None = None
+        self.norm: Norm | None = None
         if options.get("norm_first", False):
-            eps, bias = options.get("layer_norm_eps", 1e-5), options.get("bias", True)
-            self.norm = LayerNorm(d_model, eps=eps, bias=bias)
+            eps, bias = options.get("norm_eps", 1e-5), options.get("bias", True)
+            self.norm = _norm(options.get("norm", "layer"), d_model, eps, bias)
 
     def keys_values(self, memory: Tensor) -> list[KeysValues]:
         """Keys and values of `memory` ``(batch, seqlen_k, d_model)`` for each layer."""
@@ -293,20 +367,25 @@ class Stack(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
-        causal: bool = False,
         caches: Sequence[KeyValueCache] | None = None,
         memory: Sequence[KeysValues] | None = None,
-        memory_mask: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """``(batch, seqlen, d_model)`` to the same shape; `caches` and `memory` one a layer."""
+        """``(batch, seqlen, d_model)`` to the same shape; `caches` and `memory` one a layer.
+
+        Other `options` are those of each `Layer`.
+        """
+        if self.position_bias is not None:
+            start = 0 if caches is None else caches[0].length
+            options["bias"] = self.position_bias(x.shape[1], start + x.shape[1], start)
+        save_memory = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            x = layer(
-                x,
-                mask=mask,
-                causal=causal,
-                cache=None if caches is None else caches[index],
-                memory=None if memory is None else memory[index],
-                memory_mask=memory_mask,
-            )
+            if caches is not None:
+                options["cache"] = caches[index]
+            if memory is not None:
+                options["memory"] = memory[index]
+            if save_memory:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, **options)
+            else:
+                x = layer(x, **options)
         return x if self.norm is None else self.norm(x)

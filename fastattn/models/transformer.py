@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.models import generation
-from fastattn.models.blocks import CrossAttention, Embedding, KeysValues, SelfAttention, Stack
+from fastattn.models.blocks import CrossAttention, KeysValues, SelfAttention, Stack
 from fastattn.models.cache import KeyValueCache
 from fastattn.models.config import TransformerConfig
+from fastattn.models.embeddings import Embedding, RelativePositionBias
+from fastattn.models.tokens import check_tokens
 
 
 class AttentionWeights(NamedTuple):
@@ -41,6 +43,8 @@ class Transformer(nn.Module):
         ValueError, TypeError: an option is out of range; the message names it.
     """
 
+    Config = TransformerConfig
+
     def __init__(self, config: TransformerConfig | None = None, **fields: Any) -> None:
         super().__init__()
         config = TransformerConfig(**fields) if config is None else replace(config, **fields)
@@ -64,12 +68,21 @@ class Transformer(nn.Module):
 
     def _embedding(self, vocab_size: int) -> Embedding:
         c = self.config
-        return Embedding(vocab_size, c.d_model, c.max_positions, c.positions, c.dropout)
+        positions = "none" if c.positions == "relative" else c.positions
+        return Embedding(
+            vocab_size, c.d_model, c.max_positions, positions, c.dropout, scale=c.embedding_scale
+        )
 
     def _stack(self, *, cross_attention: bool) -> Stack:
         c = self.config
+        position_bias = None
+        if c.positions == "relative":
+            position_bias = RelativePositionBias(
+                c.relative_buckets, c.num_heads, not cross_attention, c.relative_max_distance
+            )
+        num_layers = c.num_decoder_layers if cross_attention else None
         return Stack(
-            c.num_layers,
+            num_layers or c.num_layers,
             c.d_model,
             c.num_heads,
             c.d_ff,
@@ -79,8 +92,18 @@ class Transformer(nn.Module):
             activation=c.activation,
             norm_first=c.norm_first,
             bias=c.bias,
-            layer_norm_eps=c.layer_norm_eps,
+            norm=c.norm,
+            norm_eps=c.norm_eps,
+            gated=c.gated,
+            head_dim=c.head_dim,
+            softmax_scale=c.softmax_scale,
+            position_bias=position_bias,
+            checkpoint_activations=c.checkpoint_activations,
         )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        scale = self.config.output_scale
+        return self.output(x if scale == 1.0 else x * scale)
 
     @property
     def num_parameters(self) -> int:
@@ -114,7 +137,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError, TypeError: `src` has the wrong shape or dtype, or is too long.
         """
-        self._check_tokens("src", src)
+        check_tokens("src", src, self.config.max_positions)
         return self.encoder(self.input_embedding(src), mask=self.padding_mask(src))
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
@@ -129,7 +152,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError, TypeError: an argument has the wrong shape or dtype, or is too long.
         """
-        self._check_tokens("tgt", tgt)
+        check_tokens("tgt", tgt, self.config.max_positions)
         batch, rows = memory.shape[0], tgt.shape[0]
         if rows % batch if batch else rows:
             raise ValueError(f"tgt: expected a multiple of {batch} rows as in src, got {rows}")
@@ -139,7 +162,7 @@ class Transformer(nn.Module):
             memory=self.decoder.keys_values(memory),
             memory_mask=memory_mask,
         )
-        return self.output(x)
+        return self._logits(x)
 
     @torch.no_grad()
     def attention_weights(self, src: Tensor, tgt: Tensor) -> AttentionWeights:
@@ -229,18 +252,6 @@ class Transformer(nn.Module):
             generator=generator,
         )
 
-    def _check_tokens(self, name: str, tokens: Tensor) -> None:
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}: expected tokens of torch.int64 or int32, got {tokens.dtype}")
-        if tokens.dim() != 2:
-            raise ValueError(f"{name}: expected (batch, seqlen), got shape {tuple(tokens.shape)}")
-        limit = self.config.max_positions
-        if tokens.shape[1] > limit:
-            raise ValueError(
-                f"{name}: expected at most max_positions={limit} tokens a row, "
-                f"got {tokens.shape[1]}"
-            )
-
 
 class _CachedDecoding:
     """Each step computes its own tokens; keys and values of the others come from the caches."""
@@ -260,7 +271,7 @@ class _CachedDecoding:
             memory=self._memory,
             memory_mask=self._memory_mask,
         )
-        return model.output(x[:, -1])
+        return model._logits(x[:, -1])
 
     def reorder(self, rows: Tensor) -> None:
         # The memory stays: the beams of a source are in succession and share it.

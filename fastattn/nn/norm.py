@@ -33,13 +33,15 @@ class RMSNorm(torch.nn.RMSNorm):
         """The norm over the last dims, those of `normalized_shape`; in the input's dtype."""
         if x.is_nested:
             return super().forward(x)
-        eps = self.eps
-        if eps is None:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            eps = torch.finfo(wide).eps
         rows, weight, _ = _rows(self.normalized_shape, x, self.weight, None)
-        y: Tensor = rms_norm(rows, weight, eps=eps)  # type: ignore[assignment]
+        y: Tensor = rms_norm(rows, weight, eps=_eps(self, x))  # type: ignore[assignment]
         return y if rows is x else y.view(x.shape)
+
+
+def _eps(norm: torch.nn.RMSNorm, x: Tensor) -> float:
+    if norm.eps is not None:
+        return norm.eps
+    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
 
 def _rows(
@@ -58,19 +60,21 @@ def _rows(
 
 
 def add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """``(norm(s), s)`` of ``s = x + residual``, in one `fastattn.layer_norm` where it is the same.
+    """``(norm(s), s)`` of ``s = x + residual``, in one op where it is the same.
 
-    It is where `norm` is torch's LayerNorm or the one above over one dim, not subclassed,
-    parametrized or hooked; otherwise it is called.
+    It is where `norm` is torch's LayerNorm or RMSNorm or one of the above, over one dim, not
+    subclassed, parametrized or hooked; otherwise it is called.
     """
     if (
-        type(norm) in (torch.nn.LayerNorm, LayerNorm)
+        type(norm) in (torch.nn.LayerNorm, LayerNorm, torch.nn.RMSNorm, RMSNorm)
         and not x.is_nested
         and norm.normalized_shape == x.shape[-1:]
         and x.shape == residual.shape
         and x.dtype == residual.dtype
         and not hooked(norm)
     ):
+        if isinstance(norm, torch.nn.RMSNorm):
+            return rms_norm(x, norm.weight, eps=_eps(norm, x), residual=residual)  # type: ignore
         return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, residual=residual)  # type: ignore
     s = x + residual
     return norm(s), s

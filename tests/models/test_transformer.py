@@ -257,7 +257,7 @@ def test_wrong_inputs_are_refused(small, tokens):
         {"tie_embeddings": "some"},
         {"tie_embeddings": "all"},
         {"pad_id": 19},
-        {"layer_norm_eps": 0.0},
+        {"norm_eps": 0.0},
         {"d_model": 32.0},
         {"max_positions": True},
     ],
