@@ -1,6 +1,6 @@
 """Complete models on fastattn's ops: encoder-decoder, encoder, decoder, vision; generation."""
 
-from fastattn.models.checkpoint import load_torch
+from fastattn.models.checkpoint import build, load, load_torch, save
 from fastattn.models.config import (
     DecoderConfig,
     EncoderConfig,
@@ -17,6 +17,7 @@ from fastattn.models.encoder import (
     SpanClassifier,
     TokenClassifier,
 )
+from fastattn.models.huggingface import from_huggingface
 from fastattn.models.transformer import AttentionWeights, Transformer
 from fastattn.models.vision import VisionTransformer
 
@@ -36,5 +37,9 @@ __all__ = [
     "TransformerConfig",
     "VisionConfig",
     "VisionTransformer",
+    "build",
+    "from_huggingface",
+    "load",
     "load_torch",
+    "save",
 ]

@@ -1,9 +1,40 @@
-"""Weights from elsewhere into the models."""
+"""Models on disk: a folder with config.json and model.safetensors; and torch's own layers."""
 
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from fastattn.models.decoder import Decoder
+from fastattn.models.encoder import (
+    Encoder,
+    MaskedLanguageModel,
+    SequenceClassifier,
+    SpanClassifier,
+    TokenClassifier,
+)
 from fastattn.models.transformer import Transformer
+from fastattn.models.vision import VisionTransformer
 
+MODELS: dict[str, Any] = {
+    model.__name__: model
+    for model in (
+        Decoder,
+        Encoder,
+        MaskedLanguageModel,
+        SequenceClassifier,
+        SpanClassifier,
+        TokenClassifier,
+        Transformer,
+        VisionTransformer,
+    )
+}
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_FORMAT = 1
 _RENAMED = {
     "encoder": {".norm1.": ".self_attn_norm.", ".norm2.": ".feed_forward_norm."},
     "decoder": {
@@ -51,3 +82,108 @@ def load_torch(model: Transformer, stock: nn.Transformer) -> None:
     if odd := sorted(expected ^ weights.keys()):
         raise ValueError(f"stock: expected the layers of model, got other weights: {odd}")
     model.load_state_dict(weights, strict=False)
+
+
+def build(name: str, **fields: Any) -> nn.Module:
+    """A new model by its class's name, such as "Decoder", from fields of its configuration.
+
+    Raises:
+        ValueError, TypeError: an unknown name or field, or a value out of range.
+    """
+    if name not in MODELS:
+        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
+    model = MODELS[name]
+    return model(model.Config.from_dict(fields))
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a model of `fastattn.models` to `folder`, for `load`.
+
+    Each file is replaced whole or not at all. What is shared is written once.
+
+    Raises:
+        TypeError: another kind of model.
+        ModuleNotFoundError: safetensors is missing.
+    """
+    name = type(model).__name__
+    if MODELS.get(name) is not type(model):
+        raise TypeError(f"model: expected one of {', '.join(MODELS)}, got {name}")
+    from fastattn.models.files import write_weights
+
+    config: Any = model.config
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder / WEIGHTS, weights_once(model))
+    facts = {"fastattn": _FORMAT, "model": name, "config": config.to_dict()}
+    write_text(folder / CONFIG, json.dumps(facts, indent=2) + "\n")
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model that `save` wrote, in evaluation mode.
+
+    Args:
+        folder: of `save`.
+        device: default the CPU.
+        dtype: of its weights; default the file's.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: a file is damaged, or a weight is missing, unknown or of another shape; the
+            message names it.
+        ModuleNotFoundError: safetensors is missing.
+    """
+    from fastattn.models.files import read_json, read_weights
+
+    folder = Path(folder)
+    facts = read_json(folder / CONFIG)
+    if facts.get("fastattn") != _FORMAT or facts.get("model") not in MODELS:
+        hint = "; see fastattn.models.from_huggingface" if "model_type" in facts else ""
+        raise ValueError(f"{folder / CONFIG}: not written by fastattn.models.save{hint}")
+    model = build(facts["model"], **facts["config"])
+    fill(model, read_weights(folder / WEIGHTS), folder, dtype)
+    return model.eval().to(device)
+
+
+def weights_once(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of `model` by name, each that is shared under the first of its names."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def fill(
+    model: nn.Module, weights: Mapping[str, Tensor], source: object, dtype: torch.dtype | None
+) -> None:
+    """Give `model` the weights of `weights_once`, in `dtype` or in their own.
+
+    Raises:
+        ValueError: a weight is missing, unknown, of another shape or not floating.
+    """
+    own = weights_once(model)
+    problems = [f"{name} {tuple(own[name].shape)} is missing" for name in own.keys() - weights]
+    for name, weight in weights.items():
+        if name not in own:
+            problems.append(f"{name} {tuple(weight.shape)} is not of this model")
+        elif weight.shape != own[name].shape:
+            expected = tuple(own[name].shape)
+            problems.append(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
+        elif not weight.is_floating_point():
+            problems.append(f"{name}: expected a floating dtype, got {weight.dtype}")
+    if problems:
+        raise ValueError(f"{source}: " + "; ".join(sorted(problems)))
+    if dtype is None:
+        dtype = next(iter(weights.values())).dtype
+    model.to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -12,7 +12,7 @@ NORMS = ("layer", "rms")
 POSITIONS = ("sinusoidal", "learned", "relative")
 DECODER_POSITIONS = ("learned", "sinusoidal", "rotary")
 POOLINGS = ("class", "mean")
-TIES = ("none", "target", "all")
+TIES = ("none", "inputs", "target", "all")
 
 
 class Config:
@@ -57,8 +57,9 @@ class TransformerConfig(Config):
         norm_first: normalise before each sublayer, with a final norm (Xiong et al. 2020), instead
             of after it.
         activation: of the feed-forward networks: "relu", "gelu", "gelu_tanh" or "silu".
-        tie_embeddings: "none"; "target": the output projection is the target embedding;
-            "all": the source embedding too, for one shared vocabulary (Press and Wolf 2017).
+        tie_embeddings: "none"; "inputs": source and target embedding are one, for a shared
+            vocabulary; "target": the output projection is the target embedding (Press and Wolf
+            2017); "all": all three are one.
         pad_id: the token that pads sources, hidden from attention, and generated targets;
             None: sources are not padded.
         bias: biases in the layers' projections and norms.
@@ -112,9 +113,10 @@ class TransformerConfig(Config):
         _check_choice("norm", self.norm, NORMS)
         _check_choice("positions", self.positions, POSITIONS)
         _check_choice("tie_embeddings", self.tie_embeddings, TIES)
-        if self.tie_embeddings == "all" and self.input_vocab_size != self.target_vocab_size:
+        shared = self.tie_embeddings in ("inputs", "all")
+        if shared and self.input_vocab_size != self.target_vocab_size:
             raise ValueError(
-                'tie_embeddings: expected equal vocabularies with "all", got '
+                f"tie_embeddings: expected equal vocabularies with {self.tie_embeddings!r}, got "
                 f"input_vocab_size={self.input_vocab_size} and "
                 f"target_vocab_size={self.target_vocab_size}"
             )

@@ -75,10 +75,9 @@ class Decoder(nn.Module):
         self.output = nn.Linear(c.d_model, c.vocab_size, bias=False)
         initialize(self)
         # What a layer adds shrinks with the number of them (Radford et al. 2019, section 2.3).
-        for layer in self.decoder.layers:
-            last = "down_proj" if c.gated else "linear2"
-            for linear in (layer.self_attn.out_proj, getattr(layer.feed_forward, last)):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * c.num_layers))
+        for name, weight in self.decoder.named_parameters():
+            if name.endswith(("out_proj.weight", "linear2.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * c.num_layers))
         if c.tie_embeddings:
             self.output.weight = self.embedding.tokens.weight
 

@@ -61,9 +61,9 @@ class Transformer(nn.Module):
                 elif parameter_name.endswith("bias"):
                     nn.init.zeros_(parameter)
         nn.init.normal_(self.output.weight, std=config.d_model**-0.5)
-        if config.tie_embeddings != "none":
+        if config.tie_embeddings in ("target", "all"):
             self.output.weight = self.target_embedding.tokens.weight
-        if config.tie_embeddings == "all":
+        if config.tie_embeddings in ("inputs", "all"):
             self.input_embedding.tokens.weight = self.target_embedding.tokens.weight
 
     def _embedding(self, vocab_size: int) -> Embedding:

@@ -95,7 +95,7 @@ def hooked():
         (lambda: nn.LayerNorm(8, bias=False), True),
         (lambda: nn.LayerNorm((4, 8)), False),
         (lambda: Doubling(8), False),
-        (lambda: nn.RMSNorm(8), False),
+        (lambda: nn.RMSNorm(8), True),
         (hooked, False),
     ],
 )

@@ -1,0 +1,130 @@
+"""Models of `fastattn.models` from the folders that Hugging Face transformers writes.
+
+Nothing of the transformers package is needed, and what a model here can't do is refused by name.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.models.checkpoint import MODELS, fill, weights_once
+from fastattn.models.huggingface.families import FAMILIES, Family, Rule
+
+
+def from_huggingface(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """A BERT, GPT-2, Llama, Mistral, Qwen2, ViT or T5 model with the weights in `folder`.
+
+    Args:
+        folder: config.json, and model.safetensors, pytorch_model.bin (of which only tensors are
+            read) or the files of an index.
+        device: default the CPU.
+        dtype: of its weights; default the file's.
+        fields: of our configuration, in place of what the folder's says: ``dropout=0.1``.
+
+    Returns:
+        The class that its architecture asks for, in evaluation mode. It has the same logits; rows
+        are padded by the config's pad_token_id where no mask is given, but in a `Decoder`, which
+        then takes every token for one.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the model has what ours has not, a file is damaged, or a weight is missing,
+            unknown or of another shape; the message names it.
+        ModuleNotFoundError: safetensors is missing.
+    """
+    from fastattn.models.files import read_folder, read_json
+
+    folder = Path(folder)
+    theirs = read_json(folder / "config.json")
+    kind = theirs.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type: expected one of {', '.join(FAMILIES)}, got {kind!r}")
+    family = FAMILIES[kind]
+    architecture = (theirs.get("architectures") or [next(iter(family.heads))])[0]
+    if architecture not in family.heads:
+        raise ValueError(
+            f"architectures: expected one of {', '.join(family.heads)}, got {architecture!r}"
+        )
+    model_class = MODELS[family.heads[architecture]]
+    config = {**family.fields(theirs), **fields}
+    if model_class is MODELS["VisionTransformer"] and architecture == "ViTModel":
+        config["num_labels"] = 0
+    model = model_class(model_class.Config.from_dict(config))
+    fill(model, _converted(model, family, read_folder(folder), folder), folder, dtype)
+    return model.eval().to(device)
+
+
+def _converted(
+    model: nn.Module, family: Family, weights: Mapping[str, Tensor], source: Path
+) -> dict[str, Tensor]:
+    """Their weights under our names; raises ValueError for each that is missing or left over."""
+    unused = {name.removeprefix(family.prefix): weight for name, weight in weights.items()}
+    converted, problems = {}, []
+    for name, own in weights_once(model).items():
+        found, names = _sources(family, name, unused)
+        if missing := [text for text, weight in zip(names, found) if weight is None]:
+            problems.append(f"{' and '.join(missing)} is missing, for {name} {tuple(own.shape)}")
+            continue
+        parts = [unused.pop(text) for text in names]
+        converted[name] = _joined(name, parts, names, own, family, problems)
+    problems += [
+        f"{name} {tuple(weight.shape)} has no place in {type(model).__name__}"
+        for name, weight in unused.items()
+        if not re.fullmatch(family.ignored, name)
+    ]
+    if problems:
+        raise ValueError(f"{source}: " + "; ".join(problems))
+    return converted
+
+
+def _rule(family: Family, name: str) -> tuple[Rule, re.Match[str]]:
+    # The heads have the encoder itself as their `encoder`.
+    for text in (name, name.removeprefix("encoder.")):
+        for rule in family.rules:
+            if match := re.fullmatch(rule.pattern, text):
+                return rule, match
+    raise LookupError(f"no rule for {name}")
+
+
+def _sources(
+    family: Family, name: str, weights: Mapping[str, Tensor]
+) -> tuple[list[Tensor | None], list[str]]:
+    rule, match = _rule(family, name)
+    found, names = [], []
+    for template in rule.theirs:
+        alternatives = [match.expand(text) for text in template.split("|")]
+        chosen = next((text for text in alternatives if text in weights), alternatives[0])
+        found.append(weights.get(chosen))
+        names.append(chosen)
+    return found, names
+
+
+def _joined(
+    name: str,
+    parts: list[Tensor],
+    names: list[str],
+    own: Tensor,
+    family: Family,
+    problems: list[str],
+) -> Tensor:
+    rule, _ = _rule(family, name)
+    shapes = ", ".join(f"{text} {tuple(part.shape)}" for text, part in zip(names, parts))
+    if len({part.shape[1:] for part in parts}) == 1:
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if rule.transform is not None:
+            whole = rule.transform(whole)
+        if whole.shape == own.shape:
+            return whole
+    problems.append(f"{shapes}: expected {tuple(own.shape)} together, for {name}")
+    return own
