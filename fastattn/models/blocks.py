@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from fastattn.models.cache import KeyValueCache
+from fastattn.models.cache import Cache
 from fastattn.models.embeddings import RelativePositionBias
 from fastattn.nn import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from fastattn.nn.norm import add_norm
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         *,
         mask: Tensor | None = None,
         causal: bool = False,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
@@ -98,13 +98,14 @@ class SelfAttention(nn.Module):
             bias: added to the scores, broadcastable to (batch, heads, seqlen, keys).
         """
         q, k, v = self._project(x)
-        offset = 0 if cache is None else cache.length
+        offset: int | Tensor = 0 if cache is None else cache.offset
         if rotation is not None:
             cos, sin = rotation
-            start = offset if cos.dim() == 2 else 0
+            start = cache.length if cache is not None and cos.dim() == 2 else 0
             q, k = rotary(q, cos, sin, offset=start), rotary(k, cos, sin, offset=start)
+        pages: dict[str, Any] = {}
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v, pages = cache.append(k, v)
             # The newest token alone sees every key: no band is needed.
             causal = causal and (q.shape[2] > 1 or self.window[0] is not None)
         out = attention(
@@ -119,6 +120,7 @@ class SelfAttention(nn.Module):
             bias=bias,
             softcap=self.softcap,
             dropout_p=self.dropout if self.training else 0.0,
+            **pages,
         )
         return self.out_proj(_joined(out))
 
@@ -367,7 +369,7 @@ class Stack(nn.Module):
         self,
         x: Tensor,
         *,
-        caches: Sequence[KeyValueCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         memory: Sequence[KeysValues] | None = None,
         **options: Any,
     ) -> Tensor:
@@ -376,8 +378,10 @@ class Stack(nn.Module):
         Other `options` are those of each `Layer`.
         """
         if self.position_bias is not None:
-            start = 0 if caches is None else caches[0].length
-            options["bias"] = self.position_bias(x.shape[1], start + x.shape[1], start)
+            start, keys = 0, x.shape[1]
+            if caches is not None:
+                start, keys = caches[0].length, caches[0].keys(keys)
+            options["bias"] = self.position_bias(x.shape[1], keys, start)
         save_memory = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             if caches is not None:

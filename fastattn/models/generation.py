@@ -1,9 +1,13 @@
 """Generation from any decoder: greedy, sampling, beam search."""
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fastattn.models.sampling import draw, filter_logits, penalize, wide
 
 
 class Decoding(Protocol):
@@ -16,143 +20,191 @@ class Decoding(Protocol):
         """Makes row i continue what row ``rows[i]`` was; the number of rows may change."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to generate.
+
+    Args:
+        max_new_tokens: the most tokens to generate in a row.
+        eos_id: the token, or tokens, that end a row; None: every row gets `max_new_tokens`.
+        pad_id: fills a row after its end.
+        min_new_tokens: no row ends before it has as many, its end not counted.
+        num_beams: 1, or the width of a beam search.
+        length_penalty: of a beam search, which returns the hypothesis with the greatest
+            ``log probability / length ** length_penalty``, its end counted in its length.
+        repetition_penalty: as in `fastattn.models.sampling.penalize`, of what was generated and,
+            in a `Decoder`, of the prompt.
+        do_sample: draw each token from its distribution instead of taking the most probable.
+        temperature, top_k, top_p, min_p: of the distribution, as in
+            `fastattn.models.sampling.filter_logits`.
+        generator: of the draws; default torch's own.
+
+    Raises:
+        ValueError: a value is out of range, or has no effect beside the others.
+    """
+
+    max_new_tokens: int
+    eos_id: int | Sequence[int] | None
+    pad_id: int = 0
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("min_new_tokens", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: expected 0 < {name} <= 1, got {value}")
+        beams = self.num_beams
+        if self.do_sample and beams > 1:
+            raise ValueError(f"num_beams: expected 1 with do_sample=True, got {beams}")
+        filtered = any(x is not None for x in (self.top_k, self.top_p, self.min_p))
+        if not self.do_sample and (self.temperature != 1.0 or filtered):
+            raise ValueError(
+                "do_sample: expected True beside temperature, top_k, top_p or min_p, got False"
+            )
+        if beams == 1 and self.length_penalty != 1.0:
+            raise ValueError(f"num_beams: expected more than 1 beside length_penalty, got {beams}")
+        if beams > 1 and self.repetition_penalty != 1.0:
+            raise ValueError(f"num_beams: expected 1 beside repetition_penalty, got {beams}")
+
+    def eos(self, device: torch.device) -> Tensor:
+        """The tokens that end a row, int64 ``(n,)``."""
+        ends = self.eos_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return torch.tensor(ends, dtype=torch.int64, device=device)
+
+
 @torch.no_grad()
 def generate(
-    decoding: Decoding,
-    prompt: Tensor,
-    *,
-    eos_id: int | None,
-    pad_id: int,
-    max_new_tokens: int,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    decoding: Decoding, prompt: Tensor, *, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Continue each row of `prompt` until `eos_id`, at most `max_new_tokens`.
+    """Continue each row of `prompt` to its end.
 
     Args:
         decoding: at its beginning; each row of `prompt` is one of its rows.
         prompt: ``(batch, seqlen)``, seqlen at least 1.
-        eos_id: ends a row; None: every row gets `max_new_tokens`.
-        pad_id: fills a row after its end.
-        max_new_tokens: the most tokens to generate in a row.
-        num_beams: 1, or the width of a beam search.
-        length_penalty: of a beam search, which returns the hypothesis with the greatest
-            ``log probability / length ** length_penalty``, its end counted in its length.
-        do_sample: draw each token from its distribution instead of taking the most probable.
-        temperature, top_k, top_p: of the distribution, as in `filter_logits`.
-        generator: of the draws; default torch's own.
+        mask: boolean ``(batch, seqlen)``, False where the prompt is padding.
+        options: of `Options`.
 
     Returns:
         The new tokens, ``(batch, n)`` with n the longest row's, in the dtype of `prompt`.
 
     Raises:
-        ValueError: an argument is out of range, or has no effect beside the others.
+        ValueError, TypeError: an argument is out of range, or has no effect beside the others.
     """
-    _check(max_new_tokens, num_beams, length_penalty, do_sample, temperature, top_k, top_p)
+    chosen = Options(**options)
+    if chosen.num_beams > 1:
+        _check_prompt(prompt)
+        return _beam_search(decoding, prompt, chosen)
+    steps = list(stream(decoding, prompt, mask=mask, **options))
+    return torch.stack(steps, 1)
+
+
+@torch.no_grad()
+def stream(
+    decoding: Decoding, prompt: Tensor, *, mask: Tensor | None = None, **options: Any
+) -> Iterator[Tensor]:
+    """The tokens of `generate` as they are made, ``(batch,)`` a step; without beams."""
+    chosen = Options(**options)
+    if chosen.num_beams > 1:
+        raise ValueError(f"num_beams: expected 1 in a stream, got {chosen.num_beams}")
+    _check_prompt(prompt)
+    return _steps(decoding, prompt, mask, chosen)
+
+
+@torch.no_grad()
+def _steps(
+    decoding: Decoding, prompt: Tensor, mask: Tensor | None, options: Options
+) -> Iterator[Tensor]:
+    eos = options.eos(prompt.device)
+    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    seen: Tensor | None = None
+    tokens = prompt
+    for length in range(options.max_new_tokens):
+        logits = _without_end(decoding.step(tokens), eos, length < options.min_new_tokens)
+        if options.repetition_penalty != 1.0:
+            if seen is None:
+                seen = torch.zeros_like(logits, dtype=torch.bool)
+                took_part = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
+                _mark(seen, prompt, took_part)
+            logits = penalize(logits, seen, options.repetition_penalty)
+        if options.do_sample:
+            filtered = filter_logits(
+                logits, options.temperature, options.top_k, options.top_p, options.min_p
+            )
+            token = draw(filtered.softmax(-1), options.generator)
+        else:
+            token = logits.argmax(-1)
+        token = token.masked_fill(ended, options.pad_id)
+        yield token.to(prompt.dtype)
+        ended |= torch.isin(token, eos)
+        if len(eos) and ended.all():
+            return
+        tokens = token[:, None]
+        if seen is not None:
+            _mark(seen, tokens, ~ended[:, None])
+
+
+def _mark(seen: Tensor, tokens: Tensor, where: Tensor) -> None:
+    """Sets seen[row, token] of the tokens that `where` names."""
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+    seen[rows[where], tokens[where].long()] = True
+
+
+def _check_prompt(prompt: Tensor) -> None:
     if prompt.dim() != 2 or not prompt.shape[1]:
         raise ValueError(
             f"prompt: expected (batch, seqlen) with seqlen >= 1, got {tuple(prompt.shape)}"
         )
-    if num_beams > 1:
-        return _beam_search(
-            decoding, prompt, eos_id, pad_id, max_new_tokens, num_beams, length_penalty
-        )
-    batch = prompt.shape[0]
-    out = prompt.new_full((batch, max_new_tokens), pad_id)
-    ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    tokens = prompt
-    for length in range(max_new_tokens):
-        logits = decoding.step(tokens)
-        if do_sample:
-            probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
-            token = _draw(probabilities, generator)
-        else:
-            token = logits.argmax(-1)
-        token = token.masked_fill(ended, pad_id)
-        out[:, length] = token
-        if eos_id is not None:
-            ended |= token == eos_id
-            if ended.all():
-                return out[:, : length + 1]
-        tokens = token[:, None]
-    return out
 
 
-def filter_logits(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
-    """Logits ``(rows, vocab_size)`` over `temperature`, -inf where a token may not be drawn.
-
-    Args:
-        logits: any dtype; the result is in float32, or float64.
-        temperature: below 1 sharpens the distribution, above 1 flattens it.
-        top_k: keep the k most probable tokens (Fan et al. 2018), and those as probable as the
-            last of them.
-        top_p: of these, keep the fewest most probable whose probabilities sum to at least
-            `top_p` (Holtzman et al. 2020).
-    """
-    logits = _wide(logits) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        p = ordered.softmax(-1)
-        # A token stays if those before it do not suffice; so the first always stays.
-        dropped = p.cumsum(-1) - p >= top_p
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return logits
-
-
-def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    if not probabilities.shape[0]:
-        return probabilities.new_empty(0, dtype=torch.long)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _beam_search(
-    decoding: Decoding,
-    prompt: Tensor,
-    eos_id: int | None,
-    pad_id: int,
-    max_new_tokens: int,
-    beams: int,
-    length_penalty: float,
-) -> Tensor:
+def _beam_search(decoding: Decoding, prompt: Tensor, options: Options) -> Tensor:
     """Beam search (Wu et al. 2016, section 7, without coverage), all rows and beams at once.
 
     Of the `beams` best continuations in a step, those that end are hypotheses and leave the beam,
     which the next best refill. A row is done when nothing in its beam can still overtake its best
     hypothesis, so stopping early never changes the result.
     """
+    beams, max_new_tokens, length_penalty = (
+        options.num_beams,
+        options.max_new_tokens,
+        options.length_penalty,
+    )
     batch, device = prompt.shape[0], prompt.device
+    eos = options.eos(device)
     rows = torch.arange(batch, device=device)[:, None]  # (batch, 1)
-    logp = _wide(decoding.step(prompt)).log_softmax(-1)
+    logp = _log_probabilities(decoding.step(prompt), eos, options.min_new_tokens > 0)
     vocab_size = logp.shape[-1]
     logp = logp[:, None].expand(batch, beams, vocab_size)
     scores = logp.new_full((batch, beams), -torch.inf)
     scores[:, 0] = 0  # all beams begin alike: only one may count
-    live = prompt.new_full((batch, beams, max_new_tokens), pad_id)
-    best = prompt.new_full((batch, max_new_tokens), pad_id)
+    live = prompt.new_full((batch, beams, max_new_tokens), options.pad_id)
+    best = prompt.new_full((batch, max_new_tokens), options.pad_id)
     best_score = logp.new_full((batch,), -torch.inf)
     for length in range(1, max_new_tokens + 1):
         candidates = (scores[:, :, None] + logp).flatten(1)  # (batch, beams * vocab_size)
-        top, index = candidates.topk(min(2 * beams, candidates.shape[1]))
+        top, index = candidates.topk(min((1 + len(eos)) * beams, candidates.shape[1]))
         parent, token = index // vocab_size, index % vocab_size
         last = length == max_new_tokens
-        ends = torch.zeros_like(token, dtype=torch.bool) if eos_id is None else token == eos_id
+        ends = torch.isin(token, eos)
         complete = torch.ones_like(ends) if last else ends.clone()
         complete[:, beams:] = False
         score, which = (top / length**length_penalty).masked_fill(~complete, -torch.inf).max(1)
@@ -174,41 +226,24 @@ def _beam_search(
         live[:, :, length - 1] = token
         source = rows.expand(batch, beams) if length == 1 else rows * beams + parent
         decoding.reorder(source.flatten())
-        logp = _wide(decoding.step(token.flatten()[:, None])).log_softmax(-1)
+        logits = decoding.step(token.flatten()[:, None])
+        logp = _log_probabilities(logits, eos, length < options.min_new_tokens)
         logp = logp.view(batch, beams, vocab_size)
-    return _trimmed(best, eos_id)
+    return _trimmed(best, eos)
 
 
-def _trimmed(tokens: Tensor, eos_id: int | None) -> Tensor:
+def _log_probabilities(logits: Tensor, eos: Tensor, too_early: bool) -> Tensor:
+    return wide(_without_end(logits, eos, too_early)).log_softmax(-1)
+
+
+def _without_end(logits: Tensor, eos: Tensor, too_early: bool) -> Tensor:
+    return logits.index_fill(-1, eos, -torch.inf) if too_early else logits
+
+
+def _trimmed(tokens: Tensor, eos: Tensor) -> Tensor:
     """The columns up to the last end; all if some row has none."""
-    if eos_id is None or not tokens.shape[0]:
+    if not len(eos) or not tokens.shape[0]:
         return tokens
-    is_end = tokens == eos_id
+    is_end = torch.isin(tokens, eos)
     lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
     return tokens[:, : int(lengths.max())]
-
-
-def _check(
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float,
-    do_sample: bool,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
-    if do_sample and num_beams > 1:
-        raise ValueError(f"num_beams: expected 1 with do_sample=True, got {num_beams}")
-    if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
-        raise ValueError("do_sample: expected True beside temperature, top_k or top_p, got False")
-    if num_beams == 1 and length_penalty != 1.0:
-        raise ValueError(f"num_beams: expected more than 1 beside length_penalty, got {num_beams}")

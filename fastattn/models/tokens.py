@@ -1,5 +1,7 @@
 """What the models ask of the tokens, masks and images that they are given."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,17 @@ def check_mask(mask: Tensor, batch: int, seqlen: int) -> None:
         raise TypeError(f"mask: expected torch.bool (True = take part), got {mask.dtype}")
     if mask.shape != (batch, seqlen):
         raise ValueError(f"mask: expected shape {(batch, seqlen)}, got {tuple(mask.shape)}")
+
+
+def check_token(name: str, token: int, vocab_size: int) -> None:
+    """Raises ValueError unless `token` is one of the vocabulary."""
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{name}: expected a token, 0 to {vocab_size - 1}, got {token}")
+
+
+def check_ends(eos_id: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a row; raises ValueError for one outside of the vocabulary."""
+    ends = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    for token in ends:
+        check_token("eos_id", token, vocab_size)
+    return ends

@@ -1,6 +1,6 @@
 """The encoder-decoder Transformer (Vaswani et al. 2017, "Attention is all you need")."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fastattn.models import generation
 from fastattn.models.blocks import CrossAttention, KeysValues, SelfAttention, Stack
-from fastattn.models.cache import KeyValueCache
+from fastattn.models.cache import Caches, check_cache, make_caches
 from fastattn.models.config import TransformerConfig
 from fastattn.models.embeddings import Embedding, RelativePositionBias
-from fastattn.models.tokens import check_tokens
+from fastattn.models.tokens import check_ends, check_token, check_tokens
 
 
 class AttentionWeights(NamedTuple):
@@ -195,28 +195,22 @@ class Transformer(nn.Module):
         src: Tensor,
         *,
         bos_id: int,
-        eos_id: int | None,
+        eos_id: int | Sequence[int] | None,
         max_new_tokens: int,
-        num_beams: int = 1,
-        length_penalty: float = 1.0,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
+        cache: str = "static",
+        **options: Any,
     ) -> Tensor:
         """Target tokens for `src`: greedy, sampled or by beam search. Call `eval()` first.
 
         Args:
             src: tokens ``(batch, seqlen_src)``, padded with ``pad_id``.
             bos_id: the token that begins each target; not part of the result.
-            eos_id: the token that ends one; None: each gets `max_new_tokens`.
-            max_new_tokens: the most tokens of a target, at most ``max_positions``.
-            num_beams, length_penalty, do_sample, temperature, top_k, top_p, generator: as in
-                `fastattn.models.generation.generate`.
-            use_cache: keep each token's keys and values; without, every step computes all of
-                them again, for the same result.
+            eos_id, max_new_tokens: of `fastattn.models.generation.Options`; at most
+                ``max_positions`` tokens.
+            cache: "static": keep each token's keys and values in memory taken for all of them at
+                once; "paged": in pages, which beams share; "none": every step computes all of
+                them again. The result is the same.
+            options: of `fastattn.models.generation.Options`.
 
         Returns:
             ``(batch, n)``, n the longest target's tokens with its end; the others padded with
@@ -225,49 +219,70 @@ class Transformer(nn.Module):
         Raises:
             ValueError, TypeError: an argument is out of range, or has no effect beside the others.
         """
+        return generation.generate(
+            *self._generation(src, bos_id, eos_id, max_new_tokens, cache, options), **options
+        )
+
+    @torch.no_grad()
+    def stream(
+        self,
+        src: Tensor,
+        *,
+        bos_id: int,
+        eos_id: int | Sequence[int] | None,
+        max_new_tokens: int,
+        cache: str = "static",
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """The tokens of `generate` as they are made, ``(batch,)`` a step; without beams."""
+        return generation.stream(
+            *self._generation(src, bos_id, eos_id, max_new_tokens, cache, options), **options
+        )
+
+    def _generation(
+        self,
+        src: Tensor,
+        bos_id: int,
+        eos_id: int | Sequence[int] | None,
+        max_new_tokens: int,
+        cache: str,
+        options: dict[str, Any],
+    ) -> tuple[generation.Decoding, Tensor]:
+        """A decoding at its beginning and its prompt; completes `options`."""
         config = self.config
         if max_new_tokens > config.max_positions:
             raise ValueError(
                 f"max_new_tokens: expected at most max_positions={config.max_positions}, "
                 f"got {max_new_tokens}"
             )
-        for name, token in (("bos_id", bos_id), ("eos_id", eos_id)):
-            if token is not None and not 0 <= token < config.target_vocab_size:
-                limit = config.target_vocab_size - 1
-                raise ValueError(f"{name}: expected a target token, 0 to {limit}, got {token}")
-        pad_id = config.pad_id if config.pad_id is not None else eos_id
-        decoding = _CachedDecoding if use_cache else _RecomputedDecoding
-        return generation.generate(
-            decoding(self, src, max_new_tokens),
-            src.new_full((src.shape[0], 1), bos_id),
-            eos_id=eos_id,
-            pad_id=0 if pad_id is None else pad_id,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
+        check_token("bos_id", bos_id, config.target_vocab_size)
+        ends = check_ends(eos_id, config.target_vocab_size)
+        pad_id = config.pad_id if config.pad_id is not None else next(iter(ends), 0)
+        options.update(eos_id=ends, max_new_tokens=max_new_tokens)
+        options.setdefault("pad_id", pad_id)
+        prompt = src.new_full((src.shape[0], 1), bos_id)
+        if check_cache(cache) == "none":
+            return _RecomputedDecoding(self, src), prompt
+        layers = len(self.decoder.layers)
+        return _CachedDecoding(self, src, make_caches(cache, layers, max_new_tokens)), prompt
 
 
 class _CachedDecoding:
     """Each step computes its own tokens; keys and values of the others come from the caches."""
 
-    def __init__(self, model: Transformer, src: Tensor, capacity: int) -> None:
+    def __init__(self, model: Transformer, src: Tensor, caches: Caches) -> None:
         self._model = model
         self._memory: Sequence[KeysValues] = model.decoder.keys_values(model.encode(src))
         self._memory_mask = model.padding_mask(src)
-        self._caches = [KeyValueCache(capacity) for _ in model.decoder.layers]
+        self._caches = caches
 
     def step(self, tokens: Tensor) -> Tensor:
         model = self._model
+        start = self._caches.extend(tokens)
         x = model.decoder(
-            model.target_embedding(tokens, start=self._caches[0].length),
+            model.target_embedding(tokens, start=start),
             causal=True,
-            caches=self._caches,
+            caches=self._caches.layers,
             memory=self._memory,
             memory_mask=self._memory_mask,
         )
@@ -275,14 +290,13 @@ class _CachedDecoding:
 
     def reorder(self, rows: Tensor) -> None:
         # The memory stays: the beams of a source are in succession and share it.
-        for cache in self._caches:
-            cache.reorder(rows)
+        self._caches.reorder(rows)
 
 
 class _RecomputedDecoding:
     """Each step computes all tokens again: what the caches must agree with."""
 
-    def __init__(self, model: Transformer, src: Tensor, capacity: int) -> None:
+    def __init__(self, model: Transformer, src: Tensor) -> None:
         self._model = model
         self._memory = model.encode(src)
         self._memory_mask = model.padding_mask(src)

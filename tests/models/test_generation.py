@@ -31,12 +31,12 @@ def test_cached_equals_recomputed(small, tokens, mode, norm_first):
     src[1, 5:] = src[2, :3] = 0
     results = [
         model.generate(
-            src, bos_id=1, eos_id=2, max_new_tokens=12, use_cache=use_cache,
+            src, bos_id=1, eos_id=2, max_new_tokens=12, cache=cache,
             generator=torch.Generator().manual_seed(7), **MODES[mode],
         )
-        for use_cache in (True, False)
+        for cache in ("static", "paged", "none")
     ]  # fmt: skip
-    assert results[0].equal(results[1])
+    assert results[0].equal(results[1]) and results[0].equal(results[2])
     assert 1 <= results[0].shape[1] <= 12
 
 
@@ -268,6 +268,11 @@ def test_int32_tokens(small, tokens):
         ("temperature", {"do_sample": True, "temperature": 0.0}),
         ("top_k", {"do_sample": True, "top_k": 0}),
         ("top_p", {"do_sample": True, "top_p": 1.5}),
+        ("min_p", {"do_sample": True, "min_p": 0.0}),
+        ("repetition_penalty", {"repetition_penalty": 0.0}),
+        ("num_beams", {"num_beams": 2, "repetition_penalty": 2.0}),
+        ("min_new_tokens", {"min_new_tokens": -1}),
+        ("cache", {"cache": "dynamic"}),
         ("do_sample", {"top_k": 3}),
         ("do_sample", {"temperature": 0.5}),
         ("bos_id", {"bos_id": 19}),
