@@ -1,4 +1,4 @@
-"""The command line, ``python -m fastattn`` or ``fastattn``: info, demo and tune."""
+"""The command line, ``python -m fastattn`` or ``fastattn``: info, demo, train, generate, tune."""
 
 import argparse
 import json
@@ -34,6 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    train = commands.add_parser("train", help="train a model as a file or a recipe says")
+    train.add_argument("config", help=".toml, .yaml or .json file, or a recipe's name")
+    train.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.steps=100"
+    )
+    train.add_argument("--out", type=Path, metavar="DIR", help="of the run; default fastattn-NAME")
+    train.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    train.set_defaults(run=_train)
+
     tuned = commands.add_parser("tune", help="choose the Triton kernels' configurations by timing")
     tuned.add_argument("--ops", nargs="+", choices=tune.OPS, default=list(tune.OPS), metavar="OP")
     tuned.add_argument("--dtype", nargs="+", choices=tune.DTYPES, default=list(tune.DTYPES[:2]))
@@ -54,12 +63,24 @@ def _tune(arguments: argparse.Namespace) -> int:
     return tune.run(arguments.ops, arguments.dtype, arguments.quick)
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    try:
+        from fastattn import training
+    except ModuleNotFoundError as error:
+        return _missing("train", error)
+    return training.run(arguments.config, arguments.set, arguments.out, arguments.resume)
+
+
+def _missing(extra: str, error: ModuleNotFoundError) -> int:
+    if (error.name or "").startswith("fastattn"):
+        raise error
+    print(f"this needs {error.name}: pip install 'fastattn[{extra}]'", file=sys.stderr)
+    return 1
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     try:
         from fastattn.demo import run
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fastattn"):
-            raise
-        print(f"the demo needs {error.name}: pip install 'fastattn[demo]'", file=sys.stderr)
-        return 1
+        return _missing("demo", error)
     return run(quick=arguments.quick, out=arguments.out)

@@ -75,11 +75,11 @@ class Decoder(nn.Module):
             softcap=c.softcap,
         )
         self.output = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        initialize(self)
+        std = initialize(self, c.d_model)
         # What a layer adds shrinks with the number of them (Radford et al. 2019, section 2.3).
         for name, weight in self.decoder.named_parameters():
             if name.endswith(("out_proj.weight", "linear2.weight", "down_proj.weight")):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * c.num_layers))
+                nn.init.normal_(weight, std=std / math.sqrt(2 * c.num_layers))
         if c.tie_embeddings:
             self.output.weight = self.embedding.tokens.weight
 
@@ -229,15 +229,21 @@ class Decoder(nn.Module):
         return tokens != self.config.pad_id
 
 
-def initialize(model: nn.Module) -> None:
-    """Weights of linear and embedding layers normal with deviation 0.02, biases 0 (BERT, GPT-2)."""
+def initialize(model: nn.Module, d_model: int) -> float:
+    """Draws weights of linear and embedding layers from a normal distribution; biases are 0.
+
+    Its deviation, which it returns, is BERT's and GPT-2's 0.02 at their width of 768, and at
+    others goes with ``1 / sqrt(d_model)``, so that a small model begins alike.
+    """
+    std = 0.02 * math.sqrt(768 / d_model)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Embedding) and isinstance(module.positions, nn.Parameter):
-            nn.init.normal_(module.positions, std=0.02)
+            nn.init.normal_(module.positions, std=std)
+    return std
 
 
 class _CachedDecoding:

@@ -56,7 +56,7 @@ class Encoder(nn.Module):
             norm_eps=c.norm_eps,
             checkpoint_activations=c.checkpoint_activations,
         )
-        initialize(self)
+        initialize(self, c.d_model)
 
     @property
     def num_parameters(self) -> int:
@@ -121,7 +121,7 @@ class MaskedLanguageModel(_Head):
         self.activation = _make_activation(c.activation)
         self.transform_norm = LayerNorm(c.d_model, eps=c.norm_eps)
         self.output = nn.Linear(c.d_model, c.vocab_size)
-        initialize(self.transform)
+        initialize(self.transform, self.config.d_model)
         self.output.weight = self.encoder.embedding.tokens.weight
         nn.init.zeros_(self.output.bias)
 
@@ -142,8 +142,8 @@ class SequenceClassifier(_Head):
         super().__init__(config, **fields)
         self.pooler = nn.Linear(self.config.d_model, self.config.d_model)
         self.classifier = nn.Linear(self.config.d_model, self.config.num_labels)
-        initialize(self.pooler)
-        initialize(self.classifier)
+        initialize(self.pooler, self.config.d_model)
+        initialize(self.classifier, self.config.d_model)
 
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
         """Logits ``(batch, num_labels)``; arguments as `Encoder`."""
@@ -157,7 +157,7 @@ class TokenClassifier(_Head):
     def __init__(self, config: EncoderConfig | None = None, **fields: Any) -> None:
         super().__init__(config, **fields)
         self.classifier = nn.Linear(self.config.d_model, self.config.num_labels)
-        initialize(self.classifier)
+        initialize(self.classifier, self.config.d_model)
 
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
         """Logits ``(batch, seqlen, num_labels)``; arguments as `Encoder`."""
@@ -177,7 +177,7 @@ class SpanClassifier(_Head):
     def __init__(self, config: EncoderConfig | None = None, **fields: Any) -> None:
         super().__init__(config, **fields)
         self.classifier = nn.Linear(self.config.d_model, 2)
-        initialize(self.classifier)
+        initialize(self.classifier, self.config.d_model)
 
     def forward(self, tokens: Tensor, **options: Any) -> Span:
         """Logits of the answer's first and last token; arguments as `Encoder`."""

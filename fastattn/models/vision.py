@@ -45,7 +45,7 @@ class VisionTransformer(nn.Module):
             checkpoint_activations=c.checkpoint_activations,
         )
         self.classifier = nn.Linear(c.d_model, c.num_labels) if c.num_labels else None
-        initialize(self)
+        initialize(self, c.d_model)
 
     @property
     def num_parameters(self) -> int:

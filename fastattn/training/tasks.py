@@ -1,0 +1,381 @@
+"""What each task makes of its examples: a model, batches, a loss, and what counts as right."""
+
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import models
+from fastattn.ops import cross_entropy, linear_cross_entropy
+from fastattn.training import tokens
+from fastattn.training.config import RunConfig
+from fastattn.training.datasets import Dataset
+from fastattn.training.tokens import BOS, EOS, MASK, PAD, SPECIAL
+
+IGNORED = -100
+MASKED = 0.15  # share of the tokens to predict, of which 80 % are hidden and 10 % changed
+
+Batch = dict[str, Tensor]
+
+
+class Output(NamedTuple):
+    """What a model makes of a batch."""
+
+    loss: Tensor  # summed over the targets
+    right: Tensor | None  # how many of them it has as the most probable; None: not counted
+
+
+class Task(ABC):
+    """One task on one data set.
+
+    Args:
+        config: of the run.
+        dataset: its examples.
+        folder: of a model to begin with, whose tokenizer and labels are kept.
+    """
+
+    model_name: ClassVar[str]
+    unit = "examples"
+
+    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path | None = None) -> None:
+        self.config = config
+        self.dataset = dataset
+
+    @abstractmethod
+    def fields(self) -> dict[str, Any]:
+        """The model's fields that the data decides."""
+
+    @abstractmethod
+    def examples(self, name: str, epoch: int) -> Sequence[Any]:
+        """The "train" or "held_out" examples of an epoch, encoded."""
+
+    @abstractmethod
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        """Tensors of these; a seed, which training gives, draws what is drawn."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        """The loss of a batch, and if asked for, how many targets are right."""
+
+    def length(self, example: Any) -> int:
+        """By which the examples of a batch are alike."""
+        return 0
+
+    def targets(self, batch: Batch) -> int:
+        """How many a batch has."""
+        return int((batch["targets"] != IGNORED).sum())
+
+    def build(self) -> nn.Module:
+        """A new model."""
+        return models.build(self.model_name, **{**self.fields(), **self.config.model})
+
+    def final(self, model: Any, examples: Sequence[Any]) -> dict[str, float]:
+        """Further metrics of a trained model on encoded examples."""
+        return {}
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """What beside the model is needed to use it."""
+
+
+class _TextTask(Task):
+    """A task with a tokenizer."""
+
+    unit = "tokens"
+
+    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path | None = None) -> None:
+        super().__init__(config, dataset, folder)
+        if config.tokenizer.file is not None:
+            self.tokenizer = tokens.read(config.tokenizer.file)
+        elif folder is not None and (folder / "tokenizer.json").is_file():
+            self.tokenizer = tokens.read(folder / "tokenizer.json")
+        else:
+            self.tokenizer = tokens.learn(config.tokenizer, self._texts(dataset.train))
+        self._encoded: dict[str, Sequence[Any]] = {}
+
+    def _texts(self, examples: Iterable[Any]) -> Iterable[str]:
+        for example in examples:
+            yield from (example,) if isinstance(example, str) else example
+
+    @abstractmethod
+    def encode(self, examples: Sequence[Any]) -> Sequence[Any]:
+        """These as tokens."""
+
+    def examples(self, name: str, epoch: int) -> Sequence[Any]:
+        if name not in self._encoded:
+            self._encoded[name] = self.encode(getattr(self.dataset, name))
+        return self._encoded[name]
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self.tokenizer.get_vocab_size()
+
+
+class Translation(_TextTask):
+    """Pairs of texts, on `fastattn.models.Transformer`."""
+
+    model_name = "Transformer"
+
+    def fields(self) -> dict[str, Any]:
+        longest = [max(map(len, side)) for side in zip(*self.examples("train", 0))]
+        return dict(
+            input_vocab_size=self.vocab_size,
+            target_vocab_size=self.vocab_size,
+            pad_id=PAD,
+            tie_embeddings="all",
+            max_positions=2 * max(longest),
+        )
+
+    def encode(self, examples: Sequence[Any]) -> Sequence[Any]:
+        sources = self.tokenizer.encode_batch([source for source, _ in examples])
+        targets = self.tokenizer.encode_batch([target for _, target in examples])
+        return [
+            ([*source.ids, EOS], [BOS, *target.ids, EOS])
+            for source, target in zip(sources, targets)
+        ]
+
+    def length(self, example: Any) -> int:
+        return len(example[0])
+
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        target = _padded([target for _, target in examples], PAD)
+        return {
+            "source": _padded([source for source, _ in examples], PAD),
+            "target": target[:, :-1],
+            "targets": target[:, 1:].masked_fill(target[:, 1:] == PAD, IGNORED),
+        }
+
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        logits = model(batch["source"], batch["target"]).flatten(0, 1)
+        return _output(logits, batch["targets"].flatten(), smoothing, count)
+
+    def final(self, model: Any, examples: Sequence[Any]) -> dict[str, float]:
+        right = 0
+        by_length = sorted(examples, key=self.length)
+        device = next(model.parameters()).device
+        for start in range(0, len(by_length), 256):
+            chunk = by_length[start : start + 256]
+            longest = max(len(target) for _, target in chunk)
+            answers = model.generate(
+                _padded([source for source, _ in chunk], PAD).to(device),
+                bos_id=BOS,
+                eos_id=EOS,
+                max_new_tokens=min(longest + 8, model.config.max_positions),
+            ).tolist()
+            for answer, (_, target) in zip(answers, chunk):
+                end = answer.index(EOS) + 1 if EOS in answer else len(answer)
+                right += answer[:end] == target[1:]
+        return {"exact": right / len(by_length)}
+
+
+class _WindowTask(_TextTask):
+    """Running text, cut into windows of ``seqlen`` tokens that begin elsewhere in each epoch."""
+
+    def encode(self, examples: Sequence[Any]) -> Sequence[Any]:
+        stream: list[int] = []
+        for document in self.tokenizer.encode_batch(list(examples)):
+            stream += [BOS, *document.ids, EOS]
+        return stream
+
+    def examples(self, name: str, epoch: int) -> Sequence[Any]:
+        stream, size = super().examples(name, epoch), self.config.data.seqlen
+        start = 0
+        if name == "train":
+            start = random.Random(f"{self.config.seed} window {epoch}").randrange(size)
+        # A window holds one token more: each but the last has the next as its target.
+        windows = [stream[at : at + size + 1] for at in range(start, len(stream) - 1, size)]
+        if not windows:
+            raise ValueError(f"data.{name}: expected more than {start + 1} tokens of text")
+        return windows
+
+    def length(self, example: Any) -> int:
+        return len(example)
+
+
+class LanguageModeling(_WindowTask):
+    """Predict each next token, on `fastattn.models.Decoder`."""
+
+    model_name = "Decoder"
+
+    def fields(self) -> dict[str, Any]:
+        return dict(vocab_size=self.vocab_size, max_positions=self.config.data.seqlen)
+
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        window = _padded(examples, IGNORED)
+        return {"tokens": window[:, :-1].clamp(min=PAD), "targets": window[:, 1:]}
+
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        states = model.hidden(batch["tokens"])
+        return _linear_output(states, model.output, batch["targets"], smoothing, count)
+
+
+class MaskedLanguageModeling(_WindowTask):
+    """Predict hidden tokens (Devlin et al. 2019, section 3.1): an encoder's pre-training."""
+
+    model_name = "MaskedLanguageModel"
+
+    def fields(self) -> dict[str, Any]:
+        seqlen = self.config.data.seqlen + 1
+        return dict(vocab_size=self.vocab_size, max_positions=seqlen, types=0, pad_id=PAD)
+
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        window = _padded(examples, PAD)
+        generator = torch.Generator().manual_seed(_number(seed))
+        chance = torch.rand(window.shape, generator=generator)
+        chosen = (chance < MASKED) & (window >= len(SPECIAL))
+        targets = window.masked_fill(~chosen, IGNORED)
+        random_tokens = torch.randint(
+            len(SPECIAL), self.vocab_size, window.shape, generator=generator
+        )
+        hidden = chosen & (chance < 0.8 * MASKED)
+        changed = chosen & (chance >= 0.9 * MASKED)
+        window = torch.where(changed, random_tokens, window.masked_fill(hidden, MASK))
+        return {"tokens": window, "targets": targets}
+
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        chosen = batch["targets"] != IGNORED
+        states = model.hidden(batch["tokens"])[chosen]
+        return _linear_output(states, model.output, batch["targets"][chosen], smoothing, count)
+
+
+class _Labelled(Task):
+    """A task whose targets are labels."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path | None = None) -> None:
+        super().__init__(config, dataset, folder)
+        if folder is not None and (folder / "labels.json").is_file():
+            self.labels = json.loads((folder / "labels.json").read_text())
+        else:
+            self.labels = sorted({label for _, label in dataset.train})
+        self._number = {label: number for number, label in enumerate(self.labels)}
+
+    def label(self, label: str) -> int:
+        """Its number."""
+        if label not in self._number:
+            raise ValueError(f"label: expected one of the training's, got {label!r}")
+        return self._number[label]
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        (folder / "labels.json").write_text(json.dumps(self.labels) + "\n")
+
+
+class TextClassification(_Labelled, _TextTask):
+    """A label for each text, on `fastattn.models.SequenceClassifier`."""
+
+    model_name = "SequenceClassifier"
+    unit = "examples"
+
+    def _texts(self, examples: Iterable[Any]) -> Iterable[str]:
+        return (text for text, _ in examples)
+
+    def fields(self) -> dict[str, Any]:
+        longest = max(len(ids) for ids, _ in self.examples("train", 0))
+        return dict(
+            vocab_size=self.vocab_size,
+            max_positions=max(2 * longest, self.config.data.seqlen + 1),
+            types=0,
+            pad_id=PAD,
+            num_labels=len(self.labels),
+        )
+
+    def encode(self, examples: Sequence[Any]) -> Sequence[Any]:
+        texts = self.tokenizer.encode_batch([text for text, _ in examples])
+        return [([BOS, *text.ids], self.label(label)) for text, (_, label) in zip(texts, examples)]
+
+    def length(self, example: Any) -> int:
+        return len(example[0])
+
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        return {
+            "tokens": _padded([ids for ids, _ in examples], PAD),
+            "targets": torch.tensor([label for _, label in examples]),
+        }
+
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        return _output(model(batch["tokens"]), batch["targets"], smoothing, count)
+
+
+class ImageClassification(_Labelled):
+    """A label for each image, on `fastattn.models.VisionTransformer`."""
+
+    model_name = "VisionTransformer"
+
+    def fields(self) -> dict[str, Any]:
+        channels, size, _ = self.dataset.train[0][0].shape
+        return dict(num_labels=len(self.labels), image_size=size, channels=channels)
+
+    def examples(self, name: str, epoch: int) -> Sequence[Any]:
+        return [(image, self.label(label)) for image, label in getattr(self.dataset, name)]
+
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        images = torch.stack([image for image, _ in examples])
+        if seed is not None and self.config.data.shift:
+            images = _shifted(images, self.config.data.shift, random.Random(seed))
+        return {"images": images, "targets": torch.tensor([label for _, label in examples])}
+
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        return _output(model(batch["images"]), batch["targets"], smoothing, count)
+
+
+TASKS: dict[str, type[Task]] = {
+    "translation": Translation,
+    "language-modeling": LanguageModeling,
+    "masked-language-modeling": MaskedLanguageModeling,
+    "text-classification": TextClassification,
+    "image-classification": ImageClassification,
+}
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _number(seed: str | None) -> int:
+    return random.Random(seed or "held out").getrandbits(63)
+
+
+def _shifted(images: Tensor, most: int, draw: random.Random) -> Tensor:
+    """Each image moved by its own number of pixels; what comes in is 0."""
+    wide = nn.functional.pad(images, (most,) * 4)
+    size = images.shape[-1]
+    moved = []
+    for image in wide:
+        y, x = draw.randint(0, 2 * most), draw.randint(0, 2 * most)
+        moved.append(image[:, y : y + size, x : x + size])
+    return torch.stack(moved)
+
+
+def _output(logits: Tensor, targets: Tensor, smoothing: float, count: bool) -> Output:
+    loss = cross_entropy(
+        logits, targets, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum"
+    )
+    return Output(loss, (logits.argmax(-1) == targets).sum() if count else None)
+
+
+def _linear_output(
+    states: Tensor, output: nn.Linear, targets: Tensor, smoothing: float, count: bool
+) -> Output:
+    """As `_output`, of the logits that `output` makes, which training never has in memory."""
+    states, targets = states.reshape(-1, states.shape[-1]), targets.flatten()
+    if count:
+        return _output(output(states), targets, smoothing, count)
+    loss = linear_cross_entropy(
+        states,
+        output.weight,
+        targets,
+        bias=output.bias,
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+    return Output(loss, None)
