@@ -43,6 +43,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     train.set_defaults(run=_train)
 
+    generate = commands.add_parser("generate", help="text from a model that train has made")
+    generate.add_argument("folder", type=Path, help="of the run, or of its model")
+    generate.add_argument("--prompt", default="", metavar="TEXT", help="to continue or translate")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    generate.add_argument("--temperature", type=float, help="draw the tokens, flatter above 1")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw of the K most probable")
+    generate.add_argument("--top-p", type=float, metavar="P", help="draw of the most probable P")
+    generate.add_argument("--min-p", type=float, metavar="P", help="P of the most probable's")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    generate.add_argument("--beams", type=int, default=1, metavar="N", help="of a beam search")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.set_defaults(run=_generate)
+
     tuned = commands.add_parser("tune", help="choose the Triton kernels' configurations by timing")
     tuned.add_argument("--ops", nargs="+", choices=tune.OPS, default=list(tune.OPS), metavar="OP")
     tuned.add_argument("--dtype", nargs="+", choices=tune.DTYPES, default=list(tune.DTYPES[:2]))
@@ -69,6 +82,16 @@ def _train(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _missing("train", error)
     return training.run(arguments.config, arguments.set, arguments.out, arguments.resume)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    try:
+        from fastattn.training import text
+    except ModuleNotFoundError as error:
+        return _missing("train", error)
+    options = vars(arguments).copy()
+    del options["run"]
+    return text.run(**options)
 
 
 def _missing(extra: str, error: ModuleNotFoundError) -> int:

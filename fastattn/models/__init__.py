@@ -1,6 +1,6 @@
 """Complete models on fastattn's ops: encoder-decoder, encoder, decoder, vision; generation."""
 
-from fastattn.models.checkpoint import build, load, load_torch, save
+from fastattn.models.checkpoint import CONFIG, MODELS, build, load, load_torch, save
 from fastattn.models.config import (
     DecoderConfig,
     EncoderConfig,
@@ -22,6 +22,8 @@ from fastattn.models.transformer import AttentionWeights, Transformer
 from fastattn.models.vision import VisionTransformer
 
 __all__ = [
+    "CONFIG",
+    "MODELS",
     "AttentionWeights",
     "Decoder",
     "DecoderConfig",

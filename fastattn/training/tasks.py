@@ -70,9 +70,14 @@ class Task(ABC):
         """How many a batch has."""
         return int((batch["targets"] != IGNORED).sum())
 
-    def build(self) -> nn.Module:
-        """A new model."""
-        return models.build(self.model_name, **{**self.fields(), **self.config.model})
+    def build(self, first: nn.Module | None = None) -> nn.Module:
+        """A new model, of the sizes of `first`, which it will begin with."""
+        fields = self.fields()
+        given: Any = None if first is None else first.config
+        if isinstance(given, models.MODELS[self.model_name].Config):
+            labels = {name: fields[name] for name in ("num_labels",) if name in fields}
+            fields |= {**given.to_dict(), **labels}
+        return models.build(self.model_name, **{**fields, **self.config.model})
 
     def final(self, model: Any, examples: Sequence[Any]) -> dict[str, float]:
         """Further metrics of a trained model on encoded examples."""
@@ -125,7 +130,8 @@ class Translation(_TextTask):
     model_name = "Transformer"
 
     def fields(self) -> dict[str, Any]:
-        longest = [max(map(len, side)) for side in zip(*self.examples("train", 0))]
+        pairs = [*self.examples("train", 0), *self.examples("held_out", 0)]
+        longest = [max(map(len, side)) for side in zip(*pairs)]
         return dict(
             input_vocab_size=self.vocab_size,
             target_vocab_size=self.vocab_size,
@@ -273,6 +279,12 @@ class TextClassification(_Labelled, _TextTask):
 
     model_name = "SequenceClassifier"
     unit = "examples"
+    longest: int | None = None  # tokens that the model takes; the others of a text are cut off
+
+    def build(self, first: nn.Module | None = None) -> nn.Module:
+        model: Any = super().build(first)
+        self.longest = model.config.max_positions
+        return model
 
     def _texts(self, examples: Iterable[Any]) -> Iterable[str]:
         return (text for text, _ in examples)
@@ -296,7 +308,7 @@ class TextClassification(_Labelled, _TextTask):
 
     def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
         return {
-            "tokens": _padded([ids for ids, _ in examples], PAD),
+            "tokens": _padded([ids[: self.longest] for ids, _ in examples], PAD),
             "targets": torch.tensor([label for _, label in examples]),
         }
 

@@ -18,7 +18,7 @@ def learn(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         characters = sorted({character for text in texts for character in text})
         vocabulary = {token: number for number, token in enumerate([*SPECIAL, *characters])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[UNKNOWN]))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
         tokenizer.add_special_tokens(SPECIAL)
         return tokenizer

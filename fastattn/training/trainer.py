@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from fastattn import models
 from fastattn.models.checkpoint import weights_once, write_text
-from fastattn.training import config as configuration
 from fastattn.training import data, state
 from fastattn.training.config import RunConfig
 from fastattn.training.log import Log
@@ -51,12 +50,8 @@ class Trainer:
                 f"{folder} has a run: --resume goes on with it, or choose another"
             )
         saved = state.read(folder / STATE) if resume else None
-        if saved is not None:
-            before = configuration.from_dict(json.loads((folder / CONFIG).read_text()))
-            if before != config:
-                raise ValueError(
-                    f"{folder / CONFIG}: expected the configuration of the run to resume"
-                )
+        if resume and json.loads((folder / CONFIG).read_text()) != config.to_dict():
+            raise ValueError(f"{folder / CONFIG}: expected the configuration of the run to resume")
         if options.threads:
             torch.set_num_threads(options.threads)
         self.device = torch.device(_device(options.device))
@@ -64,10 +59,9 @@ class Trainer:
         init = None if options.init is None else Path(options.init)
         dataset = data.load(config.data, config.task)
         self.task: Task = TASKS[config.task](config, dataset, init)
-        self.model = self.task.build()
-        self.new: list[str] = []
-        if init is not None:
-            self.new = _begin_with(self.model, init)
+        first = None if init is None else models.load(init)
+        self.model = self.task.build(first)
+        self.new = [] if first is None else _begin_with(self.model, first)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
             _groups(self.model, options.weight_decay), lr=0.0, betas=_pair(options.betas)
@@ -268,16 +262,17 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _begin_with(model: nn.Module, folder: Path) -> list[str]:
-    """Gives `model` the weights of the one in `folder`; the names of those that it lacks.
+def _begin_with(model: nn.Module, first: nn.Module) -> list[str]:
+    """Gives `model` the weights that `first` has by the same names; the names of the others.
 
     Raises:
-        ValueError: a weight of the same name has another shape, or none fits.
+        ValueError: a weight of the same name has another shape, or there is none.
     """
-    theirs, own = weights_once(models.load(folder)), weights_once(model)
+    theirs, own = weights_once(first), weights_once(model)
     common = own.keys() & theirs
     if not common:
-        raise ValueError(f"training.init: {folder} has no weight of {type(model).__name__}")
+        kinds = type(first).__name__, type(model).__name__
+        raise ValueError(f"training.init: {kinds[0]} has no weight of {kinds[1]}")
     with torch.no_grad():
         for name in common:
             if own[name].shape != theirs[name].shape:
