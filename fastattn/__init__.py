@@ -1,7 +1,7 @@
 """fastattn: hand-written fused attention, softmax and FFN kernels for PyTorch."""
 
 from fastattn.dispatch import BackendError, explain, use_backend
-from fastattn.nn.accelerate import accelerate, restore
+from fastattn.integrations.accelerate import accelerate, restore
 from fastattn.ops import (
     attention,
     cross_entropy,

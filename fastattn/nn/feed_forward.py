@@ -1,7 +1,7 @@
 """Position-wise feed-forward networks (Vaswani et al. 2017, section 3.3), plain and gated."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def feed_forward(
     x: Tensor,
     linear1: nn.Linear,
     activation: Callable[[Tensor], Tensor],
-    dropout: nn.Dropout,
+    dropout: nn.Dropout | None,
     linear2: nn.Linear,
 ) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``, in one `fastattn.ffn` where that is the same.
@@ -40,12 +40,11 @@ def feed_forward(
     known = activation_name(activation)
     if (
         known is not None
-        and type(dropout) is nn.Dropout
+        and (dropout is None or (type(dropout) is nn.Dropout and not hooked(dropout)))
         and _plain(linear1, linear2)
-        and not hooked(dropout)
         and not x.is_nested
     ):
-        dropout_p = dropout.p if dropout.training else 0.0
+        dropout_p = dropout.p if dropout is not None and dropout.training else 0.0
         if dropout_p < 1.0:
             return ffn(
                 x,
@@ -56,7 +55,8 @@ def feed_forward(
                 activation=known,
                 dropout_p=dropout_p,
             )
-    return linear2(dropout(activation(linear1(x))))
+    hidden = activation(linear1(x))
+    return linear2(hidden if dropout is None else dropout(hidden))
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
@@ -161,3 +161,47 @@ class GatedFeedForward(nn.Module):
         if known is not None and _plain(gate, up, down):
             return gated_ffn(x, gate.weight, up.weight, down.weight, activation=known)
         return down(self.activation(gate(x)) * up(x))
+
+
+class Run(NamedTuple):
+    """A feed-forward network among the modules of a `torch.nn.Sequential`."""
+
+    first: int  # index of its first module
+    modules: tuple[nn.Module, nn.Module, nn.Module | None, nn.Module]
+    end: int  # index after its last
+
+
+def feed_forward_runs(modules: Iterable[nn.Module]) -> Iterator[Run]:
+    """Each run of Linear, activation, perhaps Dropout, and Linear, none of which is in two."""
+    found = list(modules)
+    index = 0
+    while index + 2 < len(found):
+        dropout = found[index + 2] if type(found[index + 2]) is nn.Dropout else None
+        end = index + (3 if dropout is None else 4)
+        run = (found[index], found[index + 1], dropout, found[min(end, len(found)) - 1])
+        ends = end <= len(found) and type(run[0]) is type(run[3]) is nn.Linear
+        if ends and activation_name(run[1]) is not None:
+            yield Run(index, run, end)
+            index = end
+        else:
+            index += 1
+
+
+class Sequential(nn.Sequential):
+    """`torch.nn.Sequential`, whose feed-forward networks run as one `fastattn.ffn` each.
+
+    These are its runs of Linear, activation (ReLU, GELU, SiLU), perhaps Dropout, and Linear.
+    """
+
+    def forward(self, input: Any) -> Any:
+        """The modules one after another."""
+        modules = list(self)
+        index = 0
+        for run in feed_forward_runs(modules):
+            for module in modules[index : run.first]:
+                input = module(input)
+            input = feed_forward(input, *run.modules)  # type: ignore[arg-type]
+            index = run.end
+        for module in modules[index:]:
+            input = module(input)
+        return input

@@ -5,6 +5,7 @@ same object with the same parameters, buffers, hooks, flags and names, so that o
 references from elsewhere, state dicts and wrappers around the model don't notice.
 """
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -14,6 +15,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.feed_forward import Sequential, feed_forward_runs
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -23,9 +25,10 @@ _REPLACEMENTS: dict[type, type] = {
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
     torch.nn.LayerNorm: LayerNorm,
     torch.nn.RMSNorm: RMSNorm,
+    torch.nn.Sequential: Sequential,
 }
-_ORIGINALS = {ours: torchs for torchs, ours in _REPLACEMENTS.items()}
-_MARK = "_fastattn_accelerated"
+_OURS = tuple(_REPLACEMENTS.values())
+_MARK = "_fastattn_original"  # in a swapped layer's __dict__: the class that it had
 
 
 class Swapped(NamedTuple):
@@ -90,13 +93,16 @@ class Report(AbstractContextManager["Report"]):
 
 
 def accelerate(model: torch.nn.Module) -> Report:
-    """Make the attention, Transformer and norm layers of `model` run on fastattn, in place.
+    """Make the attention, feed-forward and norm layers of `model` run on fastattn, in place.
 
     Every `torch.nn.MultiheadAttention`, `torch.nn.TransformerEncoderLayer`,
     `torch.nn.TransformerDecoderLayer`, `torch.nn.LayerNorm` and `torch.nn.RMSNorm` in it, itself
-    included, becomes the class of that name in `fastattn.nn` (which see for what differs); the
-    objects and all that they hold stay. Layers of a subclass are left alone, since their forward
-    may be their own, and reported. A second call finds nothing left to swap::
+    included, becomes the class of that name in `fastattn.nn` (which see for what differs), and so
+    does a `torch.nn.Sequential` with a run of Linear, activation, perhaps Dropout, and Linear. Of a
+    Hugging Face model the norms and feed-forward networks are swapped too: see
+    `fastattn.integrations.transformers.layers`. The objects and all that they hold stay. Layers of
+    a subclass are left alone, since their forward may be their own, and reported. A second call
+    finds nothing left to swap::
 
         report = fastattn.accelerate(model)  # for good, or until fastattn.restore(model)
         print(report)
@@ -112,21 +118,21 @@ def accelerate(model: torch.nn.Module) -> Report:
     _check_module(model)
     swapped, skipped = [], []
     for name, module in model.named_modules():
-        original = type(module)
-        if original in _ORIGINALS:
+        if _MARK in module.__dict__ or type(module) in _OURS:
             continue
-        reason = _refusal(module)
-        if reason is not None:
-            skipped.append(Skipped(name, module, reason))
-        elif original in _REPLACEMENTS:
-            module.__class__ = _REPLACEMENTS[original]
-            module.__dict__[_MARK] = True
-            swapped.append(Swapped(name, module, original, type(module)))
+        found = replacement(module)
+        if isinstance(found, str):
+            skipped.append(Skipped(name, module, found))
+        elif found is not None:
+            original = type(module)
+            module.__class__ = found
+            module.__dict__[_MARK] = original
+            swapped.append(Swapped(name, module, original, found))
     return Report(swapped, skipped)
 
 
 def restore(model: torch.nn.Module) -> int:
-    """Undo `accelerate`: give each layer of `model` that it swapped torch's class back.
+    """Undo `accelerate`: give each layer of `model` that it swapped its class back.
 
     Layers that were made as layers of `fastattn.nn` stay.
 
@@ -143,11 +149,14 @@ def restore(model: torch.nn.Module) -> int:
 
 def _restore(modules: Iterable[torch.nn.Module]) -> int:
     ours = [module for module in modules if _MARK in module.__dict__]
-    stuck = [module for module in ours if type(module) not in _ORIGINALS]
+    stuck = []
     for module in ours:
-        if type(module) in _ORIGINALS:
-            module.__class__ = _ORIGINALS[type(module)]
+        original = module.__dict__[_MARK]
+        if replacement_class(original) is type(module):
+            module.__class__ = original
             del module.__dict__[_MARK]
+        else:
+            stuck.append(module)
     if stuck:
         raise RuntimeError(
             f"model: cannot restore a layer that became {_type_name(type(stuck[0]))} after "
@@ -156,17 +165,31 @@ def _restore(modules: Iterable[torch.nn.Module]) -> int:
     return len(ours)
 
 
-def _refusal(module: torch.nn.Module) -> str | None:
-    """Why a layer of these kinds is not swapped; None if it is, or is of another kind."""
-    if not isinstance(module, tuple(_REPLACEMENTS)) or isinstance(module, tuple(_ORIGINALS)):
-        return None
+def replacement(module: torch.nn.Module) -> type | str | None:
+    """The class to swap a layer's for, why not, or None of a layer that fastattn does not know."""
+    kind = type(module)
+    found = replacement_class(kind)
+    bases = [base for base in kind.__mro__[1:] if base in _REPLACEMENTS]
     if parametrize.is_parametrized(module):
-        return "parametrized; accelerate first, then parametrize"
-    if type(module) not in _REPLACEMENTS:
-        bases = [base for base in type(module).__mro__ if base in _REPLACEMENTS]
-        return f"a subclass of {_type_name(bases[0])}"
+        known = any(replacement_class(base) is not None for base in kind.__mro__[1:])
+        return "parametrized; accelerate first, then parametrize" if known else None
+    if isinstance(module, torch.nn.Sequential) and not any(feed_forward_runs(module)):
+        return None
+    if found is None:
+        return f"a subclass of {_type_name(bases[0])}" if bases else None
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
+    return found
+
+
+def replacement_class(kind: type) -> type | None:
+    """The class that stands in for `kind`, exactly."""
+    if kind in _REPLACEMENTS:
+        return _REPLACEMENTS[kind]
+    if "transformers" in sys.modules and kind.__module__.startswith("transformers."):
+        from fastattn.integrations.transformers import layers
+
+        return layers.replacement_class(kind)
     return None
 
 

@@ -1,0 +1,1 @@
+"""Doors: fastattn under models and code that were written for something else."""
