@@ -1,5 +1,6 @@
 """Models on disk: a folder with config.json and model.safetensors; and torch's own layers."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ MODELS: dict[str, Any] = {
     )
 }
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = ", ".join(map(str, DTYPES))
 _FORMAT = 1
 _RENAMED = {
     "encoder": {".norm1.": ".self_attn_norm.", ".norm2.": ".feed_forward_norm."},
@@ -84,7 +87,7 @@ def load_torch(model: Transformer, stock: nn.Transformer) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def build(name: str, **fields: Any) -> nn.Module:
+def build(name: str, /, **fields: Any) -> nn.Module:
     """A new model by its class's name, such as "Decoder", from fields of its configuration.
 
     Raises:
@@ -99,10 +102,13 @@ def build(name: str, **fields: Any) -> nn.Module:
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a model of `fastattn.models` to `folder`, for `load`.
 
-    Each file is replaced whole or not at all. What is shared is written once.
+    Each file is replaced whole or not at all, and `load` refuses the one of this save beside the
+    other of another model. What is shared is written once.
 
     Raises:
         TypeError: another kind of model.
+        ValueError: its weights are not those that its configuration asks for: some were added,
+            replaced by others of another shape, tied or untied.
         ModuleNotFoundError: safetensors is missing.
     """
     name = type(model).__name__
@@ -111,11 +117,18 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     from fastattn.models.files import write_weights
 
     config: Any = model.config
+    with torch.device("meta"):
+        fresh = type(model)(config)
+    weights = weights_once(model)
+    if problems := _misfits(weights_once(fresh), weights):
+        raise ValueError(f"model: not as its config says: {'; '.join(problems)}")
+    facts = {"fastattn": _FORMAT, "model": name, "config": config.to_dict()}
+    facts["save"] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    text = json.dumps(facts, indent=2) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder / WEIGHTS, weights_once(model))
-    facts = {"fastattn": _FORMAT, "model": name, "config": config.to_dict()}
-    write_text(folder / CONFIG, json.dumps(facts, indent=2) + "\n")
+    write_weights(folder / WEIGHTS, weights, {"save": facts["save"]})
+    write_text(folder / CONFIG, text)
 
 
 def load(
@@ -129,23 +142,30 @@ def load(
     Args:
         folder: of `save`.
         device: default the CPU.
-        dtype: of its weights; default the file's.
+        dtype: of its weights, one of `DTYPES`; default the file's.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: a file is damaged, or a weight is missing, unknown or of another shape; the
-            message names it.
+        ValueError: a file is damaged, the two are of different saves, or a weight is missing,
+            unknown or of another shape or dtype; the message names it.
+        TypeError: a field of config.json is unknown, missing or of a wrong kind.
         ModuleNotFoundError: safetensors is missing.
     """
-    from fastattn.models.files import read_json, read_weights
+    from fastattn.models.files import read_facts, read_json, read_weights
 
     folder = Path(folder)
     facts = read_json(folder / CONFIG)
-    if facts.get("fastattn") != _FORMAT or facts.get("model") not in MODELS:
+    if facts.get("fastattn") != _FORMAT or not {"model", "config"} <= facts.keys():
         hint = "; see fastattn.models.from_huggingface" if "model_type" in facts else ""
         raise ValueError(f"{folder / CONFIG}: not written by fastattn.models.save{hint}")
-    model = build(facts["model"], **facts["config"])
-    fill(model, read_weights(folder / WEIGHTS), folder, dtype)
+    name, fields = facts["model"], facts["config"]
+    if not isinstance(name, str) or not isinstance(fields, dict):
+        raise TypeError(f"{folder / CONFIG}: expected a model's name and fields, got {facts}")
+    weights = read_weights(folder / WEIGHTS)
+    if read_facts(folder / WEIGHTS).get("save") != facts.get("save"):
+        raise ValueError(f"{folder}: {CONFIG} and {WEIGHTS} are of different saves")
+    model = build(name, **fields)
+    fill(model, weights, folder, dtype)
     return model.eval().to(device)
 
 
@@ -160,9 +180,27 @@ def fill(
     """Give `model` the weights of `weights_once`, in `dtype` or in their own.
 
     Raises:
-        ValueError: a weight is missing, unknown, of another shape or not floating.
+        ValueError: a weight is missing, unknown, or of another shape or dtype; or they have
+            several dtypes, and none is asked for.
     """
-    own = weights_once(model)
+    problems = _misfits(weights_once(model), weights)
+    found = sorted({str(weight.dtype) for weight in weights.values()})
+    if dtype is None and len(found) > 1:
+        problems.append(f"expected one dtype, or dtype=, got {' and '.join(found)}")
+    if problems:
+        raise ValueError(f"{source}: {'; '.join(problems)}")
+    if dtype is None:
+        dtype = next(iter(weights.values())).dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {_DTYPES}, got {dtype}")
+    model.to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with `weights` where those of `own` are expected."""
     problems = [f"{name} {tuple(own[name].shape)} is missing" for name in own.keys() - weights]
     for name, weight in weights.items():
         if name not in own:
@@ -170,20 +208,13 @@ def fill(
         elif weight.shape != own[name].shape:
             expected = tuple(own[name].shape)
             problems.append(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
-        elif not weight.is_floating_point():
-            problems.append(f"{name}: expected a floating dtype, got {weight.dtype}")
-    if problems:
-        raise ValueError(f"{source}: " + "; ".join(sorted(problems)))
-    if dtype is None:
-        dtype = next(iter(weights.values())).dtype
-    model.to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        elif weight.dtype not in DTYPES:
+            problems.append(f"{name}: expected one of {_DTYPES}, got {weight.dtype}")
+    return sorted(problems)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` whole."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

@@ -11,12 +11,26 @@ import torch
 from torch import Tensor
 
 try:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "saved models need safetensors: pip install 'fastattn[train]'", name=error.name
     ) from error
+
+# What torch's restricted unpickler makes of damaged files.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    OSError,
+    RuntimeError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it holds something else.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -35,11 +49,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Replace the safetensors file at `path` whole."""
+def write_weights(path: Path, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Replace the safetensors file at `path` whole; `facts` go into its header."""
     part = path.with_name(f"{path.name}.part")
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, part)
+    part.touch()
+    mode = part.stat().st_mode
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, part, facts)
+    # The library's own mode lets nobody but the owner read.
+    part.chmod(mode)
     os.replace(part, path)
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """What `write_weights` put into the header.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -57,12 +89,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:
+        mapped = zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not a whole file of tensors only: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(f"{path}: expected a state dict, tensors by name")
+    if not isinstance(found, dict) or not all(map(_is_weight, found, found.values())):
+        raise ValueError(f"{path}: expected a state dict, dense tensors by name")
     return found
+
+
+def _is_weight(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_meta
+    )
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -70,26 +112,29 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there are none, or a file that the index names is missing.
-        ValueError: a file is damaged, or lacks a weight that the index says it has.
+        ValueError: a file is damaged, or has not the weights that the index says it has.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_weights(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _read_parts(index)
-        if (folder / name).is_file():
-            return read_weights(folder / name)
     raise FileNotFoundError(f"{folder}: no model.safetensors or pytorch_model.bin, nor an index")
 
 
 def _read_parts(index: Path) -> dict[str, Tensor]:
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict):
-        raise ValueError(f"{index}: expected a weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{index}: expected a weight_map of files by weight")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name:
             raise ValueError(f"{index}: expected names of files beside it, got {name!r}")
-        weights |= read_weights(index.parent / name)
+        part = read_weights(index.parent / name)
+        if twice := sorted(weights.keys() & part):
+            raise ValueError(f"{index}: {', '.join(twice)} in {name} and in a file before it")
+        weights |= part
     if missing := sorted(files.keys() - weights):
         raise ValueError(f"{index}: {', '.join(missing)} not in the file that it names")
     return weights

@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastattn import models
 
@@ -78,6 +83,122 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         models.save(other, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_files_of_two_saves_are_refused(tmp_path, monkeypatch):
+    models.save(make(), tmp_path)
+    other = models.build("Decoder", **{**SIZES, "num_heads": 4}, vocab_size=20)
+    replace = os.replace
+
+    def killed(part, path):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        models.save(other, tmp_path)
+    with pytest.raises(ValueError, match="are of different saves"):
+        models.load(tmp_path)
+
+
+def test_a_killed_process_leaves_the_old_files(tmp_path):
+    models.save(make(), tmp_path)
+    program = f"""
+import os, signal, torch
+from fastattn import models
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+model = models.load({str(tmp_path)!r})
+torch.nn.init.zeros_(model.output.weight)
+models.save(model, {str(tmp_path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert torch.equal(run(models.load(tmp_path)), run(make()))
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    untied = make()
+    untied.output.weight = torch.nn.Parameter(untied.output.weight.detach().clone())
+    tied = make("Decoder rotary")
+    tied.output.weight = tied.embedding.tokens.weight
+    extended = make()
+    extended.embedding.extra = torch.nn.Parameter(torch.zeros(2))
+    plain = models.build("Decoder", **SIZES, vocab_size=20, dropout=np.float32(0.1))
+    for model, error, message in (
+        (untied, ValueError, r"output\.weight \(20, 16\) is not of this model"),
+        (tied, ValueError, r"output\.weight \(20, 16\) is missing"),
+        (extended, ValueError, r"embedding\.extra \(2,\) is not of this model"),
+        (plain, TypeError, "not JSON serializable"),
+    ):
+        with pytest.raises(error, match=message):
+            models.save(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("tie", ["none", "inputs", "target", "all"])
+def test_what_is_tied_is_written_once(tmp_path, tie):
+    model = models.build(
+        "Transformer", **SIZES, input_vocab_size=20, target_vocab_size=20, tie_embeddings=tie
+    ).eval()
+    models.save(model, tmp_path)
+    numbers = sum(weight.numel() for weight in load_file(tmp_path / "model.safetensors").values())
+    loaded = models.load(tmp_path)
+    assert numbers == model.num_parameters == loaded.num_parameters
+    assert torch.equal(run(loaded), run(model))
+
+
+def test_views_of_one_memory_are_saved(tmp_path):
+    model = make()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    parts = flat.split([parameter.numel() for parameter in model.parameters()])
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        parameter.data = part.view_as(parameter)
+    models.save(model, tmp_path)
+    assert torch.equal(run(models.load(tmp_path)), run(make()))
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    models.save(make(), tmp_path)
+    config, weights = (tmp_path / name for name in ("config.json", "model.safetensors"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
+def test_several_dtypes_are_loaded_as_one_that_is_asked_for(tmp_path):
+    model = make()
+    model.decoder.norm.bfloat16()
+    models.save(model, tmp_path)
+    with pytest.raises(ValueError, match="expected one dtype, or dtype=, got .*bfloat16 and .*32"):
+        models.load(tmp_path)
+    assert torch.equal(run(models.load(tmp_path, dtype=torch.float32)), run(make()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    models.save(make(), tmp_path)
+    with pytest.raises(ValueError, match="dtype: expected one of torch.float32, .*, got"):
+        models.load(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "facts, error",
+    [
+        ({"fastattn": 2}, ValueError),
+        ({"config": ...}, ValueError),
+        ({"save": ...}, ValueError),
+        ({"model": ["Decoder"]}, TypeError),
+        ({"model": "Linear"}, ValueError),
+        ({"config": 5}, TypeError),
+        ({"config": {}}, TypeError),
+        ({"config": {"name": "Encoder"}}, TypeError),
+    ],
+)
+def test_other_facts_are_refused(tmp_path, facts, error):
+    models.save(make(), tmp_path)
+    path = tmp_path / "config.json"
+    facts = {**json.loads(path.read_text()), **facts}
+    path.write_text(json.dumps({name: x for name, x in facts.items() if x is not ...}))
+    with pytest.raises(error):
+        models.load(tmp_path)
 
 
 def test_only_own_models_are_saved(tmp_path):

@@ -210,15 +210,15 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("how", ["bin", "parts", "no prefix"])
+@pytest.mark.parametrize("how", ["bin", "old bin", "parts", "no prefix"])
 def test_other_files_of_the_same_weights(copied, tokens, how):
     from safetensors.torch import save_file
 
     expected = from_huggingface(copied)(tokens[0])
     found = weights(copied)
     (copied / "model.safetensors").unlink()
-    if how == "bin":
-        torch.save(found, copied / "pytorch_model.bin")
+    if how.endswith("bin"):
+        torch.save(found, copied / "pytorch_model.bin", _use_new_zipfile_serialization=how == "bin")
     elif how == "no prefix":
         named = {key.removeprefix("transformer."): value for key, value in found.items()}
         save_file(named, copied / "model.safetensors")
@@ -289,12 +289,193 @@ def test_no_pickle_is_unpickled(copied):
         ({"activation_function": "mish"}, "activation_function: expected .*got 'mish'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: expected"),
         ({"n_layer": 3}, r"h\.2\..* is missing"),
+        ({"n_layer": ...}, "n_layer: expected in config.json, got none"),
+        ({"model_type": ["gpt2"]}, "model_type: expected str"),
+        ({"architectures": "GPT2LMHeadModel"}, "architectures: expected list"),
+        ({"architectures": [["GPT2LMHeadModel"]]}, "architectures: expected one of"),
+        ({"activation_function": ["gelu"]}, "activation_function: expected str"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected bool, got 'false'"),
+        ({"n_embd": "32"}, "n_embd: expected int, got '32'"),
     ],
 )
 def test_what_ours_has_not_is_refused(copied, change, message):
     path = copied / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    changed = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: x for name, x in changed.items() if x is not ...}))
     with pytest.raises(ValueError, match=message):
+        from_huggingface(copied)
+
+
+@pytest.mark.parametrize(
+    "rope, message",
+    [
+        ({"rope_type": "yarn"}, "rope_type: expected 'default' or 'llama3', got 'yarn'"),
+        ({"rope_type": "llama3"}, "factor: expected in config.json, got none"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
+        ("linear", "rope_parameters: expected dict, got 'linear'"),
+    ],
+)
+def test_other_rotations_are_refused(tmp_path, rope, message):
+    make("LlamaForCausalLM", "LlamaConfig", **LLAMA).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rope}))
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(tmp_path)
+
+
+def test_mistral_has_a_window_unless_it_says_null(tmp_path):
+    make("MistralForCausalLM", "MistralConfig", **LLAMA).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for absent, window in ((True, 4096), (False, None)):
+        config["sliding_window"] = None
+        if absent:
+            del config["sliding_window"]
+        path.write_text(json.dumps(config))
+        assert from_huggingface(tmp_path).config.window == window
+
+
+UNTIED = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5 1.1": ("T5ForConditionalGeneration", "T5Config", {**T5, "tie_word_embeddings": False}),
+}
+
+
+@pytest.mark.parametrize("which", UNTIED)
+def test_an_output_of_its_own_is_used_whatever_the_config_says(tmp_path, tokens, which):
+    name, config, options = UNTIED[which]
+    make(name, config, **options).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    output = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    _save(tmp_path, {**weights(tmp_path), "lm_head.weight": output})
+    theirs = getattr(transformers, name).from_pretrained(tmp_path, attn_implementation="eager")
+    x = tokens[0][:1]
+    ours = from_huggingface(tmp_path)
+    if which.startswith("t5"):
+        close(ours(x, x), theirs.eval()(input_ids=x, decoder_input_ids=x).logits)
+    else:
+        close(ours(x), theirs.eval()(x).logits)
+
+
+COPIES = {
+    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "encoder.embed_tokens.weight": "shared.weight",
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_that_is_none_is_refused(tmp_path, copy):
+    original = COPIES[copy]
+    if copy.startswith("cls"):
+        theirs = make("BertForMaskedLM", "BertConfig", **BERT)
+    else:
+        theirs = make("T5ForConditionalGeneration", "T5Config", **T5)
+    theirs.save_pretrained(tmp_path)
+    found = weights(tmp_path)
+    full = next(key for key in found if key.endswith(original))
+    _save(tmp_path, {**found, copy: found[full].clone()})
+    from_huggingface(tmp_path)
+    _save(tmp_path, {**found, copy: found[full] + 1})
+    with pytest.raises(ValueError, match=f"{copy}: expected a copy of {original}, got another"):
+        from_huggingface(tmp_path)
+
+
+def test_bert_untied_is_refused(tmp_path):
+    options = {**BERT, "tie_word_embeddings": False}
+    make("BertForMaskedLM", "BertConfig", **options).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tie_word_embeddings: expected True, got False"):
+        from_huggingface(tmp_path)
+
+
+def test_names_of_the_first_bert_files(tmp_path, tokens):
+    theirs = make("BertModel", "BertConfig", **BERT)
+    theirs.save_pretrained(tmp_path)
+    expected = from_huggingface(tmp_path)(tokens[0])
+    named = {}
+    for key, value in weights(tmp_path).items():
+        key = key.replace("LayerNorm.weight", "LayerNorm.gamma")
+        named["bert." + key.replace("LayerNorm.bias", "LayerNorm.beta")] = value
+    _save(tmp_path, named)
+    assert torch.equal(from_huggingface(tmp_path)(tokens[0]), expected)
+
+
+def test_a_weight_under_two_names_is_refused(copied):
+    _save(copied, {**weights(copied), "wte.weight": torch.zeros(50, 32)})
+    with pytest.raises(ValueError, match="wte.weight is there under another name"):
+        from_huggingface(copied)
+
+
+def test_keys_and_values_of_other_sizes_are_refused(tmp_path):
+    make("LlamaForCausalLM", "LlamaConfig", **LLAMA).save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.{}_proj.weight"
+    parts = {name.format("k"): torch.zeros(8, 32), name.format("v"): torch.zeros(24, 32)}
+    _save(tmp_path, {**weights(tmp_path), **parts})
+    with pytest.raises(ValueError, match=r"k_proj.weight \(8, 32\).*expected \(64, 32\) together"):
+        from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16])
+def test_other_dtypes_are_refused(copied, dtype):
+    name = "transformer.ln_f.weight"
+    _save(copied, {**weights(copied), name: torch.ones(32).to(dtype)})
+    with pytest.raises(ValueError, match=f"{dtype}"):
+        from_huggingface(copied)
+    if dtype == torch.bfloat16:
+        assert from_huggingface(copied, dtype=torch.float32).output.weight.dtype == torch.float32
+
+
+def test_transformers_own_parts(tmp_path, tokens):
+    theirs = make("GPT2LMHeadModel", "GPT2Config", **GPT2)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    close(from_huggingface(tmp_path)(tokens[0]), theirs(tokens[0]).logits)
+
+
+@pytest.mark.parametrize("content", [{0: torch.ones(1)}, {"a": torch.eye(2).to_sparse()}, [1]])
+def test_what_is_no_state_dict_is_refused(copied, content):
+    (copied / "model.safetensors").unlink()
+    torch.save(content, copied / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="expected a state dict"):
+        from_huggingface(copied)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_damage_in_a_pickle_is_refused_or_not_seen(tmp_path, old):
+    from fastattn.models.files import read_weights
+
+    path = tmp_path / "pytorch_model.bin"
+    found = {f"layer.{i}.weight": torch.ones(2) for i in range(4)}
+    torch.save(found, path, _use_new_zipfile_serialization=not old)
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, min(len(whole), 900), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read_weights(path)
+            except ValueError:
+                refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("damage", ["twice", "map", "outside"])
+def test_a_wrong_index_is_refused(copied, damage):
+    from safetensors.torch import save_file
+
+    (copied / "model.safetensors").rename(copied / "a.safetensors")
+    save_file({"transformer.wte.weight": torch.zeros(50, 32)}, copied / "b.safetensors")
+    files = {"transformer.ln_f.weight": "a.safetensors", "transformer.wte.weight": "b.safetensors"}
+    message = {"twice": "in b.safetensors and in a file before it", "map": "a weight_map of files"}
+    if damage == "map":
+        files["transformer.wte.weight"] = 5
+    if damage == "outside":
+        files["transformer.wte.weight"] = "../b.safetensors"
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(ValueError, match=message.get(damage, "names of files beside it")):
         from_huggingface(copied)
 
 

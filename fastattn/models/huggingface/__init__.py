@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.models.checkpoint import MODELS, fill, weights_once
-from fastattn.models.huggingface.families import FAMILIES, Family, Rule
+from fastattn.models.huggingface.families import FAMILIES, Family, Rule, Settings
 
 
 def from_huggingface(
@@ -46,30 +46,55 @@ def from_huggingface(
     from fastattn.models.files import read_folder, read_json
 
     folder = Path(folder)
-    theirs = read_json(folder / "config.json")
-    kind = theirs.get("model_type")
+    theirs = Settings(read_json(folder / "config.json"))
+    kind = theirs.typed("model_type", str, None)
     if kind not in FAMILIES:
         raise ValueError(f"model_type: expected one of {', '.join(FAMILIES)}, got {kind!r}")
     family = FAMILIES[kind]
-    architecture = (theirs.get("architectures") or [next(iter(family.heads))])[0]
-    if architecture not in family.heads:
+    architecture, *_ = theirs.typed("architectures", list, None) or family.heads
+    if not isinstance(architecture, str) or architecture not in family.heads:
         raise ValueError(
             f"architectures: expected one of {', '.join(family.heads)}, got {architecture!r}"
         )
     model_class = MODELS[family.heads[architecture]]
-    config = {**family.fields(theirs), **fields}
-    if model_class is MODELS["VisionTransformer"] and architecture == "ViTModel":
+    config = family.fields(theirs)
+    if architecture == "ViTModel":
         config["num_labels"] = 0
-    model = model_class(model_class.Config.from_dict(config))
-    fill(model, _converted(model, family, read_folder(folder), folder), folder, dtype)
+    weights = _named(family, read_folder(folder), folder)
+    if not _is_copy("lm_head.weight", family, weights):
+        config |= family.untied
+    model = model_class(model_class.Config.from_dict({**config, **fields}))
+    fill(model, _converted(model, family, weights, folder), folder, dtype)
     return model.eval().to(device)
+
+
+def _named(family: Family, weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Their weights under the names of a model without a head."""
+    named: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        short = name.removeprefix(family.prefix)
+        # Names of the first files of BERT.
+        short = short.replace("LayerNorm.gamma", "LayerNorm.weight")
+        short = short.replace("LayerNorm.beta", "LayerNorm.bias")
+        if short in named:
+            raise ValueError(f"{source}: {name} is there under another name, too")
+        named[short] = weight
+    return named
+
+
+def _is_copy(name: str, family: Family, weights: Mapping[str, Tensor]) -> bool:
+    """Whether weight `name`, where there is one, is what it should be a copy of."""
+    original = weights.get(family.copies.get(name, ""))
+    if name not in weights or original is None:
+        return name not in weights
+    return torch.equal(weights[name], original)
 
 
 def _converted(
     model: nn.Module, family: Family, weights: Mapping[str, Tensor], source: Path
 ) -> dict[str, Tensor]:
     """Their weights under our names; raises ValueError for each that is missing or left over."""
-    unused = {name.removeprefix(family.prefix): weight for name, weight in weights.items()}
+    unused = dict(weights)
     converted, problems = {}, []
     for name, own in weights_once(model).items():
         found, names = _sources(family, name, unused)
@@ -78,11 +103,13 @@ def _converted(
             continue
         parts = [unused.pop(text) for text in names]
         converted[name] = _joined(name, parts, names, own, family, problems)
-    problems += [
-        f"{name} {tuple(weight.shape)} has no place in {type(model).__name__}"
-        for name, weight in unused.items()
-        if not re.fullmatch(family.ignored, name)
-    ]
+    for name, weight in unused.items():
+        if name in family.copies and family.copies[name] in weights:
+            if not _is_copy(name, family, weights):
+                problems.append(f"{name}: expected a copy of {family.copies[name]}, got another")
+        elif not re.fullmatch(family.ignored, name):
+            place = f"has no place in {type(model).__name__}"
+            problems.append(f"{name} {tuple(weight.shape)} {place}")
     if problems:
         raise ValueError(f"{source}: " + "; ".join(problems))
     return converted
@@ -120,7 +147,9 @@ def _joined(
 ) -> Tensor:
     rule, _ = _rule(family, name)
     shapes = ", ".join(f"{text} {tuple(part.shape)}" for text, part in zip(names, parts))
-    if len({part.shape[1:] for part in parts}) == 1:
+    # Keys and values have as many rows; how many the queries have, out_proj's columns say.
+    alike = len({part.shape[1:] for part in parts}) == len({part.shape for part in parts[-2:]}) == 1
+    if alike and all(part.dim() for part in parts):
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         if rule.transform is not None:
             whole = rule.transform(whole)

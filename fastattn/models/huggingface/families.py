@@ -29,14 +29,32 @@ class Rule(NamedTuple):
     transform: Callable[[Tensor], Tensor] | None = None
 
 
+class Settings(dict[str, Any]):
+    """Their configuration; raises ValueError where a value is missing or of a wrong kind."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{key}: expected in config.json, got none")
+
+    def typed(self, key: str, kind: type, default: Any) -> Any:
+        """The value, `default` where it is absent or null."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
+        return value
+
+
 class Family(NamedTuple):
     """One of their model types."""
 
     prefix: str  # of the names of a model with a head
-    fields: Callable[[dict[str, Any]], dict[str, Any]]  # their configuration as ours
+    fields: Callable[[Settings], dict[str, Any]]  # their configuration as ours
     rules: tuple[Rule, ...]
     heads: dict[str, str]  # their class, as in "architectures", to the name of ours
-    ignored: str  # their names that hold nothing to learn, or what is held elsewhere too
+    ignored: str  # their names that hold nothing to learn
+    copies: dict[str, str]  # their names of what another name holds too, where it is tied
+    untied: dict[str, Any]  # our fields of a model whose lm_head is not tied after all
 
 
 def _expect(theirs: Mapping[str, Any], **expected: Any) -> None:
@@ -47,19 +65,21 @@ def _expect(theirs: Mapping[str, Any], **expected: Any) -> None:
             raise ValueError(f"{name}: expected {value!r}, got {got!r}")
 
 
-def _activation(theirs: Mapping[str, Any], name: str, default: str) -> str:
-    value = theirs.get(name, default)
+def _activation(theirs: Settings, name: str, default: str) -> str:
+    value = theirs.typed(name, str, default)
     if value not in _ACTIVATIONS:
         raise ValueError(f"{name}: expected one of {', '.join(_ACTIVATIONS)}, got {value!r}")
     return _ACTIVATIONS[value]
 
 
-def _num_labels(theirs: Mapping[str, Any]) -> int:
-    return len(theirs.get("id2label") or range(theirs.get("num_labels", 2)))
+def _num_labels(theirs: Settings) -> int:
+    return len(theirs.typed("id2label", dict, {})) or theirs.typed("num_labels", int, 2)
 
 
-def _bert(c: dict[str, Any]) -> dict[str, Any]:
+def _bert(c: Settings) -> dict[str, Any]:
     _expect(c, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    if c.get("architectures") == ["BertForMaskedLM"]:
+        _expect(c, tie_word_embeddings=True)
     return dict(
         vocab_size=c["vocab_size"],
         d_model=c["hidden_size"],
@@ -77,7 +97,7 @@ def _bert(c: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _gpt2(c: dict[str, Any]) -> dict[str, Any]:
+def _gpt2(c: Settings) -> dict[str, Any]:
     _expect(
         c,
         scale_attn_weights=True,
@@ -89,20 +109,22 @@ def _gpt2(c: dict[str, Any]) -> dict[str, Any]:
         d_model=c["n_embd"],
         num_layers=c["n_layer"],
         num_heads=c["n_head"],
-        d_ff=c.get("n_inner") or 4 * c["n_embd"],
+        d_ff=c.get("n_inner") or 4 * c.typed("n_embd", int, 768),
         max_positions=c.get("n_positions", 1024),
         dropout=c.get("resid_pdrop", 0.1),
         attention_dropout=c.get("attn_pdrop", 0.1),
         activation=_activation(c, "activation_function", "gelu_new"),
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=c.get("tie_word_embeddings", True),
+        tie_embeddings=c.typed("tie_word_embeddings", bool, True),
     )
 
 
-def _llama(c: dict[str, Any]) -> dict[str, Any]:
+def _llama(c: Settings) -> dict[str, Any]:
     _expect(c, mlp_bias=False, partial_rotary_factor=1.0, use_sliding_window=False)
     kind = c["model_type"]
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    rope = Settings(
+        c.typed("rope_scaling", dict, {}) | c.typed("rope_parameters", dict, {}),
+    )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rope_type: expected 'default' or 'llama3', got {rope_type!r}")
@@ -115,11 +137,12 @@ def _llama(c: dict[str, Any]) -> dict[str, Any]:
             high_freq_factor=rope["high_freq_factor"],
             original_max_positions=rope["original_max_position_embeddings"],
         )
-    window = c.get("sliding_window") if kind == "mistral" else None
+    # Where Mistral's is absent, and not null, it is 4096.
+    window = c.get("sliding_window", 4096) if kind == "mistral" else None
     layer = "full_attention" if window is None else "sliding_attention"
-    for name in c.get("layer_types") or ():
+    for name in c.typed("layer_types", list, ()):
         _expect({"layer_types": name}, layer_types=layer)
-    bias = bool(c.get("attention_bias", False))
+    bias = c.typed("attention_bias", bool, False)
     return dict(
         vocab_size=c["vocab_size"],
         d_model=c["hidden_size"],
@@ -139,13 +162,13 @@ def _llama(c: dict[str, Any]) -> dict[str, Any]:
         bias=bias,
         qkv_bias=True if kind == "qwen2" else bias,
         window=window,
-        tie_embeddings=c.get("tie_word_embeddings", False),
+        tie_embeddings=c.typed("tie_word_embeddings", bool, False),
         dropout=0.0,
         attention_dropout=c.get("attention_dropout", 0.0),
     )
 
 
-def _vit(c: dict[str, Any]) -> dict[str, Any]:
+def _vit(c: Settings) -> dict[str, Any]:
     return dict(
         num_labels=_num_labels(c),
         image_size=c.get("image_size", 224),
@@ -159,22 +182,23 @@ def _vit(c: dict[str, Any]) -> dict[str, Any]:
         attention_dropout=c.get("attention_probs_dropout_prob", 0.0),
         activation=_activation(c, "hidden_act", "gelu"),
         norm_eps=c.get("layer_norm_eps", 1e-12),
-        qkv_bias=c.get("qkv_bias", True),
+        qkv_bias=c.typed("qkv_bias", bool, True),
     )
 
 
-def _t5(c: dict[str, Any]) -> dict[str, Any]:
-    gated, _, activation = c.get("feed_forward_proj", "relu").rpartition("-")
+def _t5(c: Settings) -> dict[str, Any]:
+    gated, _, activation = c.typed("feed_forward_proj", str, "relu").rpartition("-")
     if gated not in ("", "gated"):
         raise ValueError(f"feed_forward_proj: expected ACT or gated-ACT, got {gated}-{activation}")
     if gated and activation == "gelu":
         activation = "gelu_new"  # which is what these models were trained with
-    tied = c.get("tie_word_embeddings", True)
-    scaled = c.get("scale_decoder_outputs", tied)
+    tied = c.typed("tie_word_embeddings", bool, True)
+    scaled = c.typed("scale_decoder_outputs", bool, tied)
+    d_model = c.typed("d_model", int, 512)
     return dict(
         input_vocab_size=c["vocab_size"],
         target_vocab_size=c["vocab_size"],
-        d_model=c["d_model"],
+        d_model=d_model,
         num_layers=c["num_layers"],
         num_decoder_layers=c.get("num_decoder_layers"),
         num_heads=c["num_heads"],
@@ -186,7 +210,7 @@ def _t5(c: dict[str, Any]) -> dict[str, Any]:
         relative_buckets=c.get("relative_attention_num_buckets", 32),
         relative_max_distance=c.get("relative_attention_max_distance", 128),
         norm_first=True,
-        activation=_activation({"feed_forward_proj": activation}, "feed_forward_proj", "relu"),
+        activation=_activation(Settings(feed_forward_proj=activation), "feed_forward_proj", "relu"),
         gated=bool(gated),
         tie_embeddings="all" if tied else "inputs",
         pad_id=c.get("pad_token_id", 0),
@@ -195,16 +219,12 @@ def _t5(c: dict[str, Any]) -> dict[str, Any]:
         norm_eps=c.get("layer_norm_epsilon", 1e-6),
         softmax_scale=1.0,
         embedding_scale=1.0,
-        output_scale=c["d_model"] ** -0.5 if scaled else 1.0,
+        output_scale=max(d_model, 1) ** -0.5 if scaled else 1.0,
     )
 
 
-def _first(weight: Tensor) -> Tensor:
-    return weight[0]
-
-
 def _transposed(weight: Tensor) -> Tensor:
-    return weight.mT
+    return weight.transpose(0, -1)
 
 
 _BERT_LAYER = r"encoder\.layers\.(\d+)\."
@@ -279,12 +299,16 @@ def _vit_names(old: str, new: str) -> str:
 
 
 _VIT = (
-    Rule(r"embedding\.class_token", ("embeddings.cls_token",), lambda weight: weight[0, 0]),
-    Rule(r"embedding\.positions", ("embeddings.position_embeddings",), _first),
+    Rule(r"embedding\.class_token", ("embeddings.cls_token",), Tensor.flatten),
+    Rule(
+        r"embedding\.positions",
+        ("embeddings.position_embeddings",),
+        lambda weight: weight.squeeze(0),
+    ),
     Rule(
         r"embedding\.patches\.weight",
         ("embeddings.patch_embeddings.projection.weight",),
-        lambda weight: weight.flatten(1),
+        lambda weight: weight.reshape(len(weight), -1),
     ),
     Rule(r"embedding\.patches\.bias", ("embeddings.patch_embeddings.projection.bias",)),
     Rule(
@@ -370,15 +394,21 @@ FAMILIES: dict[str, Family] = {
             "BertForTokenClassification": "TokenClassifier",
             "BertForQuestionAnswering": "SpanClassifier",
         },
-        r"embeddings\.position_ids|pooler\.dense\.\w+|cls\.predictions\.(decoder\.\w+|bias)"
-        r"|cls\.seq_relationship\.\w+",
+        r"embeddings\.position_ids|pooler\.dense\.\w+|cls\.seq_relationship\.\w+",
+        {
+            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        {},
     ),
     "gpt2": Family(
         "transformer.",
         _gpt2,
         _GPT2,
         {"GPT2LMHeadModel": "Decoder"},
-        r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight",
+        r"h\.\d+\.attn\.(masked_)?bias",
+        {"lm_head.weight": "wte.weight"},
+        {"tie_embeddings": False},
     ),
     "vit": Family(
         "vit.",
@@ -386,14 +416,20 @@ FAMILIES: dict[str, Family] = {
         _VIT,
         {"ViTForImageClassification": "VisionTransformer", "ViTModel": "VisionTransformer"},
         r"pooler\.dense\.\w+",
+        {},
+        {},
     ),
     "t5": Family(
         "",
         _t5,
         _T5,
         {"T5ForConditionalGeneration": "Transformer"},
-        r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight"
-        r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        {
+            f"{name}.weight": "shared.weight"
+            for name in ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
+        },
+        {"tie_embeddings": "inputs"},
     ),
 } | {
     kind: Family(
@@ -401,7 +437,9 @@ FAMILIES: dict[str, Family] = {
         _llama,
         _LLAMA,
         {f"{name}ForCausalLM": "Decoder"},
-        r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight",
+        r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        {"lm_head.weight": "embed_tokens.weight"},
+        {"tie_embeddings": False},
     )
     for kind, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))
 }
