@@ -187,9 +187,9 @@ def replacement_class(kind: type) -> type | None:
     if kind in _REPLACEMENTS:
         return _REPLACEMENTS[kind]
     if "transformers" in sys.modules and kind.__module__.startswith("transformers."):
-        from fastattn.integrations.transformers import layers
+        from fastattn.integrations.transformers.layers import replacement_class as theirs
 
-        return layers.replacement_class(kind)
+        return theirs(kind)
     return None
 
 

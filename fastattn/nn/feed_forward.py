@@ -75,6 +75,11 @@ def _plain(*linears: nn.Module) -> bool:
     return all(type(linear) is nn.Linear for linear in linears) and not hooked(*linears)
 
 
+def fits_gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
+    """Whether `fastattn.gated_ffn` takes these: torch's own Linear without biases or hooks."""
+    return _plain(gate, up, down) and gate.bias is up.bias is down.bias is None
+
+
 def _make_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     if not isinstance(activation, str):
         return activation

@@ -1,0 +1,142 @@
+"""The attention function and the mask function that transformers calls."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import attention
+
+NAME = "fastattn"
+# What models pass along that says nothing of attention, or only what the mask says too.
+_HARMLESS = (
+    "cache_position",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers asks for it.
+
+    Args:
+        module: whose ``is_causal`` holds where the argument is None.
+        query: ``(batch, heads, seqlen_q, head_dim)``.
+        key, value: ``(batch, heads_kv, seqlen_k, head_dim)``, of fewer heads as they are.
+        attention_mask: ``(batch, 1 or heads, seqlen_q, seqlen_k)``, boolean (True = take part) or
+            added to the scores. None: causal, if it is so and there is more than one query.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the scores.
+        is_causal: see above.
+        sliding_window: how many tokens each sees, itself included; in the mask if there is one.
+        softcap: of the scores.
+        s_aux: sinks, ``(heads,)``.
+        position_bias: added to the scores, with its gradient.
+        cu_seq_lens_q, cu_seq_lens_k: int32 ``(n + 1,)``, where each packed sequence begins, in a
+            batch of one without a mask.
+        kwargs: others, which may not change the result.
+
+    Returns:
+        ``(batch, seqlen_q, heads, head_dim)``, contiguous, and None in place of the weights.
+
+    Raises:
+        TypeError: an argument that is not known.
+        ValueError, TypeError: an argument has the wrong shape or dtype.
+    """
+    _check_kwargs(kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    options: dict[str, Any] = dict(
+        softmax_scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout
+    )
+    if causal:
+        left = None if sliding_window is None else sliding_window - 1
+        options |= dict(causal=True, window=(left, None))
+    if attention_mask is None and cu_seq_lens_q is not None:
+        return _packed(
+            query, key, value, position_bias, cu_seq_lens_q, cu_seq_lens_k, kwargs, options
+        )
+    bias = position_bias
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            options["mask"] = attention_mask
+        elif bias is None:
+            bias = attention_mask
+        else:
+            bias = bias + attention_mask
+    out: Any = attention(query, key, value, bias=bias, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_bias: Tensor | None,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor | None,
+    kwargs: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    if query.shape[0] != 1:
+        raise ValueError(f"query: expected a batch of 1 beside cu_seq_lens_q, got {query.shape[0]}")
+    if position_bias is not None:
+        raise ValueError("position_bias: expected None beside cu_seq_lens_q, got a tensor")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out: Any = attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seq_lens_q.int(),
+        cu_seqlens_k=(cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k).int(),
+        max_seqlen_q=kwargs.get("max_length_q"),
+        max_seqlen_k=kwargs.get("max_length_k"),
+        **options,
+    )
+    return out[None], None
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name in _HARMLESS or value is None:
+            continue
+        if name == "output_attentions":
+            if value:
+                raise ValueError(
+                    "output_attentions: expected False, as fastattn never has the weights in "
+                    'memory; attn_implementation="eager" does'
+                )
+            continue
+        raise TypeError(f"{name}: not known to fastattn's attention, got {value!r:.80}")
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The boolean mask that transformers makes for torch's function, or None where it skips it.
+
+    It says of padding, windows, packed sequences and the unused end of a static cache.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, **kwargs)

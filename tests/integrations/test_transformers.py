@@ -1,0 +1,244 @@
+"""Models of transformers on fastattn agree with their eager attention."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import fastattn
+
+transformers = pytest.importorskip("transformers")
+from fastattn.integrations import transformers as door  # noqa: E402
+
+TOLERANCE = 1e-5  # of the norm of the difference, beside that of the eager result
+IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SMALL = dict(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    intermediate_size=48, **IDS,
+)  # fmt: skip
+GQA = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64}
+MODELS = {
+    "bert": ("BertForMaskedLM", "BertConfig", SMALL),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config",
+             dict(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=64, **IDS)),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GQA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**GQA, "sliding_window": 4}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GQA, "head_dim": 8}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config",
+               {**GQA, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0,
+                "query_pre_attn_scalar": 8}),
+    "t5": ("T5ForConditionalGeneration", "T5Config",
+           dict(vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8,
+                decoder_start_token_id=0, **IDS)),
+    "vit": ("ViTForImageClassification", "ViTConfig",
+            dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                 image_size=16, patch_size=4)),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig",
+                dict(vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=2,
+                     encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+                     decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
+                     max_target_positions=40, decoder_start_token_id=1, **IDS)),
+}  # fmt: skip
+GENERATING = [name for name in MODELS if name not in ("bert", "vit")]
+OLD = int(transformers.__version__.partition(".")[0]) < 5
+
+
+def make(which):
+    name, config, options = MODELS[which]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
+    for key, parameter in model.named_parameters():
+        mean = 1.0 if "norm" in key.lower() and "Gemma" not in name else 0.0
+        torch.nn.init.normal_(parameter, mean if key.endswith("weight") else 0.0, 0.15)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def inputs(which, side):
+    """Keyword arguments of a model, and a mask of the logits that count."""
+    generator = torch.Generator().manual_seed(1)
+    if which == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}, ...
+    tokens = torch.randint(3, 50, (3, 11), generator=generator)
+    if which == "whisper":
+        features = torch.randn(3, 8, 40, generator=generator)
+        return {"input_features": features, "decoder_input_ids": tokens}, ...
+    mask = torch.arange(11) < torch.tensor([11, 4, 7])[:, None]
+    mask = mask.flip(1) if side == "left" else mask
+    found = {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long()}
+    if which == "t5":
+        return {**found, "decoder_input_ids": tokens[:, :8]}, ...
+    return found, mask
+
+
+def near(got, expected):
+    assert (got - expected).norm() <= TOLERANCE * expected.norm()
+
+
+def run(model, given, counts):
+    """Logits and the gradients of all parameters."""
+    logits = model(**given).logits[counts]
+    model.zero_grad()
+    logits.square().mean().backward()
+    return [logits.detach()] + [
+        torch.zeros(1) if p.grad is None else p.grad.clone() for p in model.parameters()
+    ]
+
+
+def skip_if_apart(which):
+    if OLD and which == "t5":
+        pytest.skip("T5 of transformers 4 computes its attention itself")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("which", MODELS)
+def test_logits_and_gradients(which, side):
+    skip_if_apart(which)
+    model = make(which)
+    given, counts = inputs(which, side)
+    expected = run(model, given, counts)
+    scale = max(grad.norm() for grad in expected[1:])
+    with door.use(model):
+        explained = fastattn.explain(lambda: model(**given))
+        got = run(model, given, counts)
+    assert {choice.problem.op for choice in explained} == {"attention_fwd"}
+    near(got[0], expected[0])
+    for ours, theirs in zip(got[1:], expected[1:], strict=True):
+        # A key's bias has no gradient but rounding errors.
+        assert (ours - theirs).norm() <= TOLERANCE * max(theirs.norm(), 0.1 * scale)
+    again = run(model, given, counts)
+    assert all(a.equal(b) for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+@pytest.mark.parametrize("which", GENERATING)
+def test_greedy_generation(which, cache):
+    skip_if_apart(which)
+    model = make(which)
+    given, _ = inputs(which, "left")
+    given.pop("decoder_input_ids", None)
+    options = dict(max_new_tokens=10, do_sample=False, use_cache=cache is not None)
+    if cache == "static" and which in ("t5", "whisper"):
+        pytest.skip("needs a compiled encoder-decoder cache")
+    if cache == "static":
+        options |= dict(cache_implementation="static", disable_compile=True)
+    expected = model.generate(**given, **options)
+    with door.use(model):
+        explained = []
+        got = None
+
+        def generate():
+            nonlocal got
+            got = model.generate(**given, **options)
+
+        explained = fastattn.explain(generate)
+    assert explained and got.equal(expected)
+
+
+@pytest.mark.parametrize("which", ["llama", "bert"])
+def test_compiled(which):
+    model = make(which)
+    given, counts = inputs(which, "right")
+    expected = model(**given).logits[counts]
+    with door.use(model):
+        compiled = torch.compile(model, backend="aot_eager")
+        near(compiled(**given).logits[counts], expected)
+    torch._dynamo.reset()
+
+
+def test_packed_sequences():
+    model = make("llama")
+    tokens = torch.randint(3, 50, (1, 12))
+    lengths = (5, 4, 3)
+    cu = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    expected = torch.cat([model(part).logits for part in tokens.split(lengths, 1)], 1)
+    with door.use(model):
+        near(model(tokens, position_ids=positions, use_cache=False).logits, expected)
+        packed = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=5, max_length_k=5)
+        near(model(tokens, position_ids=positions, **packed).logits, expected)
+
+
+def _call(module=None, **options):
+    q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8)
+    module = module or torch.nn.Identity()
+    return door.attention_forward(module, q, k, k, options.pop("attention_mask", None), **options)
+
+
+def test_sinks_and_bias():
+    sinks, bias = torch.randn(4, requires_grad=True), torch.randn(1, 4, 7, 7, requires_grad=True)
+    out, weights = _call(s_aux=sinks, position_bias=bias, scaling=1.0, is_causal=False)
+    assert weights is None and out.shape == (2, 7, 4, 8) and out.is_contiguous()
+    out.square().sum().backward()
+    assert sinks.grad.abs().sum() > 0 and bias.grad.abs().sum() > 0
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="blocks: not known to fastattn's attention, got 3"):
+        _call(blocks=3)
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        _call(output_attentions=True)
+    _call(blocks=None, output_attentions=False, use_cache=True)
+
+
+def test_the_door_closes():
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    def known():
+        return [
+            door.NAME in interface._global_mapping
+            for interface in (AttentionInterface, AttentionMaskInterface)
+        ]
+
+    assert known() == [False, False]
+    with pytest.raises(KeyError), door.register():
+        with door.register():
+            assert known() == [True, True]
+        assert known() == [True, True]
+        raise KeyError
+    assert known() == [False, False]
+    door.register(), door.register()
+    door.unregister()
+    assert known() == [False, False]
+    with pytest.raises(TypeError, match="model: expected a PreTrainedModel, got Linear"):
+        door.use(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_accelerated(which):
+    model = make(which)
+    given, counts = inputs(which, "right")
+    expected = run(model, given, counts)
+    scale = max(grad.norm() for grad in expected[1:])
+    with fastattn.accelerate(model) as report:
+        assert report.swapped
+        if which in ("llama", "mistral", "qwen3", "gemma2"):
+            assert {"ffn", "norm"} <= {
+                "ffn" if "MLP" in swapped.original.__name__ else "norm"
+                for swapped in report.swapped
+            }
+        got = run(model, given, counts)
+        for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            near(each(**given).logits[counts], got[0])
+            assert type(each) is type(model)
+    near(got[0], expected[0])
+    for ours, theirs in zip(got[1:], expected[1:], strict=True):
+        assert (ours - theirs).norm() <= TOLERANCE * max(theirs.norm(), 0.1 * scale)
+    again = run(model, given, counts)
+    assert all(a.equal(b) for a, b in zip(again, expected, strict=True))
+
+
+def test_minilm():
+    from fastattn.demo import minilm
+
+    folder = minilm.find()
+    if not hasattr(folder, "is_dir"):
+        pytest.skip(folder)
+    model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    given, counts = inputs("bert", "right")
+    with torch.no_grad():
+        expected = model(**given)[0][counts]
+        with door.use(model), fastattn.accelerate(model):
+            near(model(**given)[0][counts], expected)
