@@ -220,3 +220,42 @@ def test_explain_names_the_backend(model, x):
 def test_not_a_module(function):
     with pytest.raises(TypeError, match="^model: expected torch.nn.Module, got int"):
         function(1)
+
+
+class OwnSequential(nn.Sequential):
+    pass
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+def test_feed_forward_in_a_sequential(activation):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 12), activation, nn.Dropout(0.5), nn.Linear(12, 6)]
+    model = nn.Sequential(nn.Flatten(1), *layers, nn.Tanh(), nn.Linear(6, 8), activation, layers[3])
+    model[8] = nn.Linear(8, 6)
+    model.eval()
+    x = torch.randn(3, 2, 3, requires_grad=True)
+
+    def outcome():
+        out = model(x)
+        return out, torch.autograd.grad(out.square().sum(), (x, *model.parameters()))
+
+    expected = outcome()
+    with fastattn.accelerate(model) as report:
+        assert [entry.replacement for entry in report.swapped] == [fastattn.nn.Sequential]
+        torch.testing.assert_close(outcome(), expected)
+        ops = [choice.problem.op for choice in fastattn.explain(model, x)]
+        assert len(ops) == 2 and all(op.startswith("ffn") for op in ops)
+        seen = []
+        handle = model[2].register_forward_hook(lambda *args: seen.append("hook"))
+        torch.testing.assert_close(outcome(), expected)
+        assert seen == ["hook"]
+        handle.remove()
+    assert type(model) is nn.Sequential
+
+
+def test_sequentials_without_a_feed_forward_are_no_concern():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), OwnSequential(nn.ReLU()))
+    report = fastattn.accelerate(model)
+    assert not report.swapped and not report.skipped
+    own = OwnSequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    assert "subclass of torch.nn.Sequential" in fastattn.accelerate(own).skipped[0].reason
