@@ -1,7 +1,8 @@
 """fastattn: hand-written fused attention, softmax and FFN kernels for PyTorch."""
 
-from fastattn.dispatch import BackendError, explain, use_backend
+from fastattn.dispatch import BackendError, use_backend
 from fastattn.integrations.accelerate import accelerate, restore
+from fastattn.integrations.explain import explain
 from fastattn.ops import (
     attention,
     cross_entropy,

@@ -1,7 +1,7 @@
 """Chooses the backend of a call: the first of ``BACKENDS`` that has no refusal."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
@@ -111,23 +111,18 @@ class Explanation(list[Choice]):
         )
 
 
-def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``fn(*args, **kwargs)`` and tell which backend ran each fastattn call in it, and why.
+@contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """The `Choice` of every fastattn call in the ``with`` block, as they are made.
 
-    `fn` is a function of the package or anything that calls some, a model included::
-
-        print(fastattn.explain(fastattn.attention, q, k, v, causal=True))
-        print(fastattn.explain(model, tokens))
-
-    A call that no backend may run (one was forced, say) is reported too, not raised.
+    A call that no backend may run (one was forced, say) ends the block, and is not raised.
     """
     seen: list[Choice] = []
     token = _recording.set(seen)
     try:
-        fn(*args, **kwargs)
+        yield seen
     except BackendError:
         if not seen or seen[-1].backend is not None:
             raise
     finally:
         _recording.reset(token)
-    return Explanation(seen)

@@ -74,11 +74,11 @@ class Report(AbstractContextManager["Report"]):
 
     def __str__(self) -> str:
         rows = [
-            (name or "(the model)", _type_name(original), f"now {_type_name(replacement)}")
+            (name or "(the model)", type_name(original), f"now {type_name(replacement)}")
             for name, _, original, replacement in self.swapped
         ]
         rows += [
-            (name or "(the model)", _type_name(type(module)), f"kept: {reason}")
+            (name or "(the model)", type_name(type(module)), f"kept: {reason}")
             for name, module, reason in self.skipped
         ]
         if not rows:
@@ -118,7 +118,7 @@ def accelerate(model: torch.nn.Module) -> Report:
     _check_module(model)
     swapped, skipped = [], []
     for name, module in model.named_modules():
-        if _MARK in module.__dict__ or type(module) in _OURS:
+        if is_ours(module):
             continue
         found = replacement(module)
         if isinstance(found, str):
@@ -159,7 +159,7 @@ def _restore(modules: Iterable[torch.nn.Module]) -> int:
             stuck.append(module)
     if stuck:
         raise RuntimeError(
-            f"model: cannot restore a layer that became {_type_name(type(stuck[0]))} after "
+            f"model: cannot restore a layer that became {type_name(type(stuck[0]))} after "
             "fastattn.accelerate; undo that first"
         )
     return len(ours)
@@ -176,7 +176,7 @@ def replacement(module: torch.nn.Module) -> type | str | None:
     if isinstance(module, torch.nn.Sequential) and not any(feed_forward_runs(module)):
         return None
     if found is None:
-        return f"a subclass of {_type_name(bases[0])}" if bases else None
+        return f"a subclass of {type_name(bases[0])}" if bases else None
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
     return found
@@ -198,7 +198,13 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model: expected torch.nn.Module, got {type(model).__name__}")
 
 
-def _type_name(kind: type) -> str:
+def is_ours(module: torch.nn.Module) -> bool:
+    """Whether a layer runs on fastattn: it was swapped, or made as one of `fastattn.nn`."""
+    return _MARK in module.__dict__ or type(module) in _OURS
+
+
+def type_name(kind: type) -> str:
+    """The name of a class, of torch and fastattn without the file that it is in."""
     module = kind.__module__
     for package in ("torch.nn", "fastattn.nn"):
         if module.startswith(f"{package}."):
