@@ -194,7 +194,7 @@ def check_close(name, got, exact, rounded, dtype, slack=2.0):
     got, exact, rounded = got[finite], exact[finite], rounded[finite]
     error = (got - exact).abs().max().item()
     own = (rounded - exact).abs().nan_to_num(0.0).max().item()
-    # 6 units: a sum in another order. 4e-6: float32 intermediates of size 1, where the result itself
-    # is (nearly) 0.
+    # 6 units: a sum in another order.
+    # 4e-6: float32 intermediates of size 1, where the result itself is (nearly) 0.
     floor = 6 * torch.finfo(dtype).eps * exact.abs().max().item() + 4e-6
     assert error <= slack * own + floor, f"{name}: error {error:.3g}, rounded {own:.3g}"

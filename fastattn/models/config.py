@@ -153,7 +153,7 @@ class DecoderConfig(Config):
     """Sizes and options of `fastattn.models.Decoder`; the defaults are GPT-2's smallest.
 
     Llama's are ``positions="rotary", norm="rms", activation="silu", gated=True, bias=False,
-    tie_embeddings=False, dropout=0.0``: see also `fastattn.models.preset`.
+    tie_embeddings=False, dropout=0.0``.
 
     Args:
         vocab_size: number of tokens.

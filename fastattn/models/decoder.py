@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         logits = model(tokens)  # logits[:, i] is of tokens[:, i + 1]
 
     GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023) are configurations of it: see
-    `fastattn.models.preset`. Rows may be padded on either side.
+    `DecoderConfig`. Rows may be padded on either side.
 
     Args:
         config: sizes and options; default those of `fields`.
