@@ -87,8 +87,8 @@ def run(model, given, counts):
 
 
 def skip_if_apart(which):
-    if OLD and which == "t5":
-        pytest.skip("T5 of transformers 4 computes its attention itself")
+    if OLD and which in ("bert", "t5"):
+        pytest.skip("BERT and T5 of transformers 4 compute their attention themselves")
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -138,6 +138,7 @@ def test_greedy_generation(which, cache):
 
 @pytest.mark.parametrize("which", ["llama", "bert"])
 def test_compiled(which):
+    skip_if_apart(which)
     model = make(which)
     given, counts = inputs(which, "right")
     expected = model(**given).logits[counts]
@@ -174,6 +175,55 @@ def test_sinks_and_bias():
     assert sinks.grad.abs().sum() > 0 and bias.grad.abs().sum() > 0
 
 
+def _attend(q, k, **options):
+    module = torch.nn.Identity()
+    return door.attention_forward(module, q, k, k, options.pop("attention_mask", None), **options)[
+        0
+    ]
+
+
+def test_a_mask_holds_within_packed_sequences():
+    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    causal = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    expected = _attend(q, k, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+    near(expected[:, 3:], _attend(q[:, :, 3:], k[:, :, 3:]))
+    for mask in (causal, torch.zeros(1, 1, 7, 7).masked_fill(~causal, -torch.inf)):
+        near(_attend(q, k, attention_mask=mask, cu_seq_lens_q=cu, cu_seq_lens_k=cu), expected)
+    last = torch.tensor([0, 1, 2], dtype=torch.int32)
+    few = _attend(q[:, :, [2, 6]], k, cu_seq_lens_q=last, cu_seq_lens_k=cu)
+    near(few, expected[:, [2, 6]])
+
+
+def test_a_window_holds_without_a_mask():
+    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    expected = _attend(q, k, sliding_window=3)
+    near(expected[:, 6:], _attend(q[:, :, 6:], k[:, :, 4:]))
+    near(_attend(q[:, :, 6:], k, sliding_window=3), expected[:, 6:])
+    with pytest.raises(ValueError, match="sliding_window: expected a mask"):
+        _attend(q, k, sliding_window=3, is_causal=False)
+    _attend(q, k, sliding_window=7, is_causal=False)
+
+
+def test_masks_of_another_kind_are_refused():
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected \(batch, .* got shape \(2, 7\)"
+    ):
+        _call(attention_mask=torch.ones(2, 7, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"attention_mask: expected torch.bool .* torch.int64"):
+        _call(attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.long))
+
+
+@pytest.mark.skipif(not OLD, reason="later versions call the function from every model")
+@pytest.mark.parametrize("which", ["bert", "t5"])
+def test_a_model_that_computes_its_attention_itself_is_refused(which):
+    model = make(which)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="does not call transformers' attention interface"):
+        door.use(model)
+    assert model.config._attn_implementation == before
+
+
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="blocks: not known to fastattn's attention, got 3"):
         _call(blocks=3)
@@ -202,6 +252,17 @@ def test_the_door_closes():
     door.register(), door.register()
     door.unregister()
     assert known() == [False, False]
+    stale = door.register()
+    door.unregister()
+    with door.register():
+        stale.close()
+        assert known() == [True, True]
+    AttentionInterface.register(door.NAME, print)
+    try:
+        with pytest.raises(RuntimeError, match="already knows an attention 'fastattn'"):
+            door.register()
+    finally:
+        del AttentionInterface._global_mapping[door.NAME]
     with pytest.raises(TypeError, match="model: expected a PreTrainedModel, got Linear"):
         door.use(torch.nn.Linear(2, 2))
 
@@ -231,6 +292,7 @@ def test_accelerated(which):
 
 
 def test_minilm():
+    skip_if_apart("bert")
     from fastattn.demo import minilm
 
     folder = minilm.find()

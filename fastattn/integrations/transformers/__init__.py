@@ -9,8 +9,9 @@
     fastattn.accelerate(model)  # its norms and feed-forward networks too
 
 or, for a block, ``with door.use(model): ...``. Attention weights are never in memory, so that
-``output_attentions`` is refused. With transformers 4.57 T5 computes its attention itself, and does
-not come through here.
+``output_attentions`` is refused. With transformers 4.57 BERT and T5 compute their attention
+themselves: `use` refuses them, a BERT made with ``attn_implementation="fastattn"`` raises
+transformers' KeyError, and such a T5 runs transformers' own attention.
 """
 
 from fastattn.integrations.transformers.attention import NAME, attention_forward

@@ -45,17 +45,20 @@ def attention_forward(
         module: whose ``is_causal`` holds where the argument is None.
         query: ``(batch, heads, seqlen_q, head_dim)``.
         key, value: ``(batch, heads_kv, seqlen_k, head_dim)``, of fewer heads as they are.
-        attention_mask: ``(batch, 1 or heads, seqlen_q, seqlen_k)``, boolean (True = take part) or
-            added to the scores. None: causal, if it is so and there is more than one query.
+        attention_mask: ``(batch, 1 or heads, seqlen_q, seqlen_k or more)``, boolean (True = take
+            part) or floating point, added to the scores; it says all that is hidden. None: causal,
+            if it is so; a single query is the newest token.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores.
         is_causal: see above.
-        sliding_window: how many tokens each sees, itself included; in the mask if there is one.
+        sliding_window: how many tokens each sees, itself included; in the mask if there is one,
+            as there must be where attention is not causal.
         softcap: of the scores.
         s_aux: sinks, ``(heads,)``.
         position_bias: added to the scores, with its gradient.
         cu_seq_lens_q, cu_seq_lens_k: int32 ``(n + 1,)``, where each packed sequence begins, in a
-            batch of one without a mask.
+            batch of one. Fewer queries than keys are the last ones. Beside a mask, it holds within
+            the sequences.
         kwargs: others, which may not change the result.
 
     Returns:
@@ -66,28 +69,70 @@ def attention_forward(
         ValueError, TypeError: an argument has the wrong shape or dtype.
     """
     _check_kwargs(kwargs)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = dict(
         softmax_scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout
     )
-    if causal:
-        left = None if sliding_window is None else sliding_window - 1
-        options |= dict(causal=True, window=(left, None))
-    if attention_mask is None and cu_seq_lens_q is not None:
-        return _packed(
-            query, key, value, position_bias, cu_seq_lens_q, cu_seq_lens_k, kwargs, options
-        )
-    bias = position_bias
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            options["mask"] = attention_mask
-        elif bias is None:
-            bias = attention_mask
+    if attention_mask is None:
+        options |= dict(causal=causal, window=_window(sliding_window, causal, seqlen_k))
+        if cu_seq_lens_q is not None:
+            return _packed(
+                query, key, value, position_bias, cu_seq_lens_q, cu_seq_lens_k, kwargs, options
+            )
+        if causal and seqlen_q == 1:
+            options["offset"] = seqlen_k - 1
+        options["bias"] = position_bias
+    else:
+        mask = _checked_mask(attention_mask, seqlen_k)
+        if cu_seq_lens_q is not None:
+            mask = _within_sequences(mask, cu_seq_lens_q, cu_seq_lens_k)
+        if mask.dtype == torch.bool:
+            options |= dict(mask=mask, bias=position_bias)
         else:
-            bias = bias + attention_mask
-    out: Any = attention(query, key, value, bias=bias, **options)
+            options["bias"] = mask if position_bias is None else mask + position_bias
+    out: Any = attention(query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(
+    sliding_window: int | None, causal: bool, seqlen_k: int
+) -> tuple[int | None, int | None]:
+    """The visible band that `sliding_window` says, where there is no mask."""
+    if sliding_window is None or seqlen_k <= sliding_window:
+        return None, None
+    if not causal:
+        raise ValueError("sliding_window: expected a mask beside it, as attention is not causal")
+    return sliding_window - 1, None
+
+
+def _checked_mask(mask: Tensor, seqlen_k: int) -> Tensor:
+    if mask.dim() != 4:
+        raise ValueError(
+            "attention_mask: expected (batch, 1 or heads, seqlen_q, seqlen_k), got shape "
+            f"{tuple(mask.shape)}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"attention_mask: expected torch.bool or a floating point dtype, got {mask.dtype}"
+        )
+    # Some models mask for the whole length of a cache.
+    return mask[..., :seqlen_k] if mask.shape[-1] > seqlen_k else mask
+
+
+def _within_sequences(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None) -> Tensor:
+    """The mask that also hides the other packed sequences."""
+    cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    of_query, of_key = (
+        torch.searchsorted(
+            cu_seq_lens,
+            torch.arange(length, device=mask.device, dtype=cu_seq_lens.dtype),
+            right=True,
+        )
+        for cu_seq_lens, length in zip((cu_seq_lens_q, cu_seq_lens_k), mask.shape[2:], strict=True)
+    )
+    own = of_query[:, None] == of_key
+    return mask & own if mask.dtype == torch.bool else mask.masked_fill(~own, -torch.inf)
 
 
 def _packed(
@@ -104,6 +149,8 @@ def _packed(
         raise ValueError(f"query: expected a batch of 1 beside cu_seq_lens_q, got {query.shape[0]}")
     if position_bias is not None:
         raise ValueError("position_bias: expected None beside cu_seq_lens_q, got a tensor")
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+        options["offset"] = (cu_seq_lens_k.diff() - cu_seq_lens_q.diff()).int()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out: Any = attention(
         q,

@@ -7,7 +7,7 @@ from fastattn.integrations.torch import Door
 from fastattn.integrations.transformers.attention import NAME, attention_forward, attention_mask
 
 _lock = threading.Lock()
-_opened = 0
+_opened: set[object] = set()
 
 
 def register() -> Door:
@@ -18,30 +18,33 @@ def register() -> Door:
 
     Raises:
         ModuleNotFoundError: transformers is missing.
+        RuntimeError: transformers has another attention function of this name.
     """
-    global _opened
     attention, masks = _interfaces()
+    mine = object()
     with _lock:
-        _opened += 1
+        other = attention._global_mapping.get(NAME, attention_forward)
+        if other is not attention_forward:
+            raise RuntimeError(f"transformers already knows an attention {NAME!r}: {other!r}")
+        _opened.add(mine)
         attention.register(NAME, attention_forward)
         masks.register(NAME, attention_mask)
-    return Door(_close)
+    return Door(lambda: _close(mine))
 
 
 def unregister() -> None:
     """Take it out of transformers again, however often it was registered."""
-    global _opened
     with _lock:
-        _opened = 0
+        _opened.clear()
         _remove()
 
 
-def _close() -> None:
-    global _opened
+def _close(mine: object) -> None:
     with _lock:
-        _opened = max(_opened - 1, 0)
-        if not _opened:
-            _remove()
+        if mine in _opened:
+            _opened.remove(mine)
+            if not _opened:
+                _remove()
 
 
 def _remove() -> None:
@@ -55,28 +58,38 @@ def use(model: Any) -> Door:
     Raises:
         ModuleNotFoundError: transformers is missing.
         TypeError: `model` is not one of its models.
+        ValueError: it computes its attention itself, as BERT and T5 of transformers 4.57 do.
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
     registered = register()
-    before = {
-        name: part.config._attn_implementation
-        for name, part in model.named_modules()
-        if hasattr(part, "set_attn_implementation")
-    }
+    before = {name: part.config._attn_implementation for name, part in _parts(model).items()}
     try:
         model.set_attn_implementation(NAME)
+        if not any(part.config._attn_implementation == NAME for part in _parts(model).values()):
+            raise ValueError(
+                f"model: {type(model).__name__} does not call transformers' attention interface"
+            )
     except BaseException:
         registered.close()
         raise
 
     def close() -> None:
-        for name, part in model.named_modules():
+        for name, part in _parts(model).items():
             if name in before:
                 part.config._attn_implementation = before[name]
         registered.close()
 
     return Door(close)
+
+
+def _parts(model: Any) -> dict[str, Any]:
+    """The models of transformers in `model`, itself included, by name."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if hasattr(part, "set_attn_implementation")
+    }
 
 
 def _interfaces() -> tuple[Any, Any]:
