@@ -22,6 +22,17 @@ class Config:
         """The fields as plain values, for `from_dict`."""
         return asdict(self)  # type: ignore[call-overload]
 
+    def layer_options(self: Any) -> dict[str, Any]:
+        """The options of `Stack` that every configuration has."""
+        attention_dropout = self.attention_dropout
+        return dict(
+            dropout=self.dropout,
+            attention_dropout=self.dropout if attention_dropout is None else attention_dropout,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            checkpoint_activations=self.checkpoint_activations,
+        )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Self":
         """The configuration of these fields; those that are absent have their defaults.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from fastattn.models.blocks import Stack
 from fastattn.models.cache import Cache, Caches, PagedCaches, check_cache, make_caches
 from fastattn.models.config import DecoderConfig
 from fastattn.models.embeddings import Embedding, RotaryTables
+from fastattn.models.model import Model
 from fastattn.models.tokens import check_beside, check_ends, check_mask, check_tokens
 
 
-class Decoder(nn.Module):
+class Decoder(Model):
     """Language model: each token sees those before it, and predicts the next.
 
     ::
@@ -28,19 +28,15 @@ class Decoder(nn.Module):
     `DecoderConfig`. Rows may be padded on either side.
 
     Args:
-        config: sizes and options; default those of `fields`.
-        fields: of `DecoderConfig`, in place of the config's own.
-
-    Raises:
-        ValueError, TypeError: an option is out of range; the message names it.
+        config, fields: as in `fastattn.models.model.Model`; a `DecoderConfig`.
     """
 
     Config = DecoderConfig
+    config: DecoderConfig
 
     def __init__(self, config: DecoderConfig | None = None, **fields: Any) -> None:
-        super().__init__()
-        c = DecoderConfig(**fields) if config is None else replace(config, **fields)
-        self.config = c
+        super().__init__(config, **fields)
+        c = self.config
         rotary = c.positions == "rotary"
         self.embedding = Embedding(
             c.vocab_size,
@@ -59,15 +55,11 @@ class Decoder(nn.Module):
             c.d_model,
             c.num_heads,
             c.d_ff,
-            dropout=c.dropout,
-            attention_dropout=c.dropout if c.attention_dropout is None else c.attention_dropout,
-            activation=c.activation,
+            **c.layer_options(),
             gated=c.gated,
             norm=c.norm,
             norm_first=True,
-            norm_eps=c.norm_eps,
             bias=c.bias,
-            checkpoint_activations=c.checkpoint_activations,
             qkv_bias=c.qkv_bias,
             num_heads_kv=c.num_heads_kv,
             head_dim=c.head_dim,
@@ -82,11 +74,6 @@ class Decoder(nn.Module):
                 nn.init.normal_(weight, std=std / math.sqrt(2 * c.num_layers))
         if c.tie_embeddings:
             self.output.weight = self.embedding.tokens.weight
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained numbers; what is shared counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
         self,

@@ -1,6 +1,5 @@
 """The encoder-only Transformer (Devlin et al. 2019, "BERT"), and heads for its tasks."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,31 +9,28 @@ from fastattn.models.blocks import Stack
 from fastattn.models.config import EncoderConfig
 from fastattn.models.decoder import initialize
 from fastattn.models.embeddings import Embedding
+from fastattn.models.model import Model
 from fastattn.models.tokens import check_beside, check_mask, check_tokens
 from fastattn.nn import LayerNorm
-from fastattn.nn.feed_forward import _make_activation
+from fastattn.nn.feed_forward import make_activation
 
 
-class Encoder(nn.Module):
+class Encoder(Model):
     """Each token's state, in sight of all tokens of its row.
 
     Its heads (`MaskedLanguageModel`, `SequenceClassifier`, `TokenClassifier`, `SpanClassifier`)
     have it as their ``encoder``, and its arguments.
 
     Args:
-        config: sizes and options; default those of `fields`.
-        fields: of `EncoderConfig`, in place of the config's own.
-
-    Raises:
-        ValueError, TypeError: an option is out of range; the message names it.
+        config, fields: as in `fastattn.models.model.Model`; an `EncoderConfig`.
     """
 
     Config = EncoderConfig
+    config: EncoderConfig
 
     def __init__(self, config: EncoderConfig | None = None, **fields: Any) -> None:
-        super().__init__()
-        c = EncoderConfig(**fields) if config is None else replace(config, **fields)
-        self.config = c
+        super().__init__(config, **fields)
+        c = self.config
         self.embedding = Embedding(
             c.vocab_size,
             c.d_model,
@@ -50,18 +46,9 @@ class Encoder(nn.Module):
             c.d_model,
             c.num_heads,
             c.d_ff,
-            dropout=c.dropout,
-            attention_dropout=c.dropout if c.attention_dropout is None else c.attention_dropout,
-            activation=c.activation,
-            norm_eps=c.norm_eps,
-            checkpoint_activations=c.checkpoint_activations,
+            **c.layer_options(),
         )
         initialize(self, c.d_model)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained numbers; what is shared counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
         self, tokens: Tensor, *, mask: Tensor | None = None, types: Tensor | None = None
@@ -90,25 +77,16 @@ class Encoder(nn.Module):
         return self.encoder(x, mask=None if mask is None else mask[:, None, None, :])
 
 
-class _Head(nn.Module):
+class _Head(Model):
     """An encoder, and what stands on it."""
 
     Config = EncoderConfig
+    config: EncoderConfig
 
     def __init__(self, config: EncoderConfig | None = None, **fields: Any) -> None:
-        super().__init__()
-        self.encoder = Encoder(config, **fields)
+        super().__init__(config, **fields)
+        self.encoder = Encoder(self.config)
         self.dropout = nn.Dropout(self.config.dropout)
-
-    @property
-    def config(self) -> EncoderConfig:
-        """The encoder's."""
-        return self.encoder.config
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained numbers; what is shared counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
 
 class MaskedLanguageModel(_Head):
@@ -118,7 +96,7 @@ class MaskedLanguageModel(_Head):
         super().__init__(config, **fields)
         c = self.config
         self.transform = nn.Linear(c.d_model, c.d_model)
-        self.activation = _make_activation(c.activation)
+        self.activation = make_activation(c.activation)
         self.transform_norm = LayerNorm(c.d_model, eps=c.norm_eps)
         self.output = nn.Linear(c.d_model, c.vocab_size)
         initialize(self.transform, self.config.d_model)

@@ -1,7 +1,6 @@
 """The encoder-decoder Transformer (Vaswani et al. 2017, "Attention is all you need")."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from fastattn.models.blocks import CrossAttention, KeysValues, SelfAttention, St
 from fastattn.models.cache import Caches, check_cache, make_caches
 from fastattn.models.config import TransformerConfig
 from fastattn.models.embeddings import Embedding, RelativePositionBias
+from fastattn.models.model import Model
 from fastattn.models.tokens import check_ends, check_token, check_tokens
 
 
@@ -23,7 +23,7 @@ class AttentionWeights(NamedTuple):
     cross: list[Tensor]  # target to source
 
 
-class Transformer(nn.Module):
+class Transformer(Model):
     """Encoder-decoder Transformer from source tokens to target tokens.
 
     ::
@@ -36,19 +36,15 @@ class Transformer(nn.Module):
     come from a `torch.nn.Transformer`: see `fastattn.models.load_torch`.
 
     Args:
-        config: sizes and options; default those of `fields`.
-        fields: of `TransformerConfig`, in place of the config's own.
-
-    Raises:
-        ValueError, TypeError: an option is out of range; the message names it.
+        config, fields: as in `fastattn.models.model.Model`; a `TransformerConfig`.
     """
 
     Config = TransformerConfig
+    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig | None = None, **fields: Any) -> None:
-        super().__init__()
-        config = TransformerConfig(**fields) if config is None else replace(config, **fields)
-        self.config = config
+        super().__init__(config, **fields)
+        config = self.config
         self.input_embedding = self._embedding(config.input_vocab_size)
         self.target_embedding = self._embedding(config.target_vocab_size)
         self.encoder = self._stack(cross_attention=False)
@@ -87,28 +83,19 @@ class Transformer(nn.Module):
             c.num_heads,
             c.d_ff,
             cross_attention=cross_attention,
-            dropout=c.dropout,
-            attention_dropout=c.dropout if c.attention_dropout is None else c.attention_dropout,
-            activation=c.activation,
+            **c.layer_options(),
             norm_first=c.norm_first,
             bias=c.bias,
             norm=c.norm,
-            norm_eps=c.norm_eps,
             gated=c.gated,
             head_dim=c.head_dim,
             softmax_scale=c.softmax_scale,
             position_bias=position_bias,
-            checkpoint_activations=c.checkpoint_activations,
         )
 
     def _logits(self, x: Tensor) -> Tensor:
         scale = self.config.output_scale
         return self.output(x if scale == 1.0 else x * scale)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained numbers; what is shared counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def padding_mask(self, src: Tensor) -> Tensor | None:
         """Which source tokens take part, ``(batch, 1, 1, seqlen)`` boolean; None: all do."""

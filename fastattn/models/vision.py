@@ -1,6 +1,5 @@
 """The vision Transformer (Dosovitskiy et al. 2021, "An image is worth 16x16 words")."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,25 +8,22 @@ from fastattn.models.blocks import Stack
 from fastattn.models.config import VisionConfig
 from fastattn.models.decoder import initialize
 from fastattn.models.embeddings import PatchEmbedding
+from fastattn.models.model import Model
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Model):
     """Classifies images, whose patches are its tokens.
 
     Args:
-        config: sizes and options; default those of `fields`.
-        fields: of `VisionConfig`, in place of the config's own.
-
-    Raises:
-        ValueError, TypeError: an option is out of range; the message names it.
+        config, fields: as in `fastattn.models.model.Model`; a `VisionConfig`.
     """
 
     Config = VisionConfig
+    config: VisionConfig
 
     def __init__(self, config: VisionConfig | None = None, **fields: Any) -> None:
-        super().__init__()
-        c = VisionConfig(**fields) if config is None else replace(config, **fields)
-        self.config = c
+        super().__init__(config, **fields)
+        c = self.config
         self.embedding = PatchEmbedding(
             c.image_size, c.patch_size, c.channels, c.d_model, c.dropout
         )
@@ -36,21 +32,12 @@ class VisionTransformer(nn.Module):
             c.d_model,
             c.num_heads,
             c.d_ff,
-            dropout=c.dropout,
-            attention_dropout=c.dropout if c.attention_dropout is None else c.attention_dropout,
-            activation=c.activation,
+            **c.layer_options(),
             norm_first=True,
-            norm_eps=c.norm_eps,
             qkv_bias=c.qkv_bias,
-            checkpoint_activations=c.checkpoint_activations,
         )
         self.classifier = nn.Linear(c.d_model, c.num_labels) if c.num_labels else None
         initialize(self, c.d_model)
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained numbers; what is shared counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, num_labels)``, or without labels the states ``(batch, d_model)``.

@@ -80,7 +80,8 @@ def fits_gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
     return _plain(gate, up, down) and gate.bias is up.bias is down.bias is None
 
 
-def _make_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def make_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The module of that name, or the callable itself; raises ValueError for another name."""
     if not isinstance(activation, str):
         return activation
     if activation not in _NAMED:
@@ -119,7 +120,7 @@ class FeedForward(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.activation = _make_activation(activation)
+        self.activation = make_activation(activation)
         self.linear1 = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
@@ -154,7 +155,7 @@ class GatedFeedForward(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.activation = _make_activation(activation)
+        self.activation = make_activation(activation)
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False, device=device, dtype=dtype)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False, device=device, dtype=dtype)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False, device=device, dtype=dtype)
