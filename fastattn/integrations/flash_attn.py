@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations import padding
-from fastattn.integrations.torch import Door
+from fastattn.integrations.door import Door
 from fastattn.ops import attention, rotary
 
 VERSION = "2.8.3"  # whose signatures these are

@@ -11,8 +11,6 @@ with dropout or where a bias needs a gradient.
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.integrations.door import Door
 from fastattn.ops import attention
 from fastattn.ops.attention_problem import AttentionScalars, AttentionTensors
 
@@ -30,27 +29,6 @@ IMPL = "fastattn"
 _lock = threading.Lock()
 _opened = 0
 _original: Callable[..., Tensor] = F.scaled_dot_product_attention
-
-
-class Door(AbstractContextManager["Door"]):
-    """An open door; `close` it, or leave the ``with`` block."""
-
-    def __init__(self, close: Callable[[], None]) -> None:
-        self._close: Callable[[], None] | None = close
-
-    def close(self) -> None:
-        """Take fastattn out again; a second call does nothing."""
-        close, self._close = self._close, None
-        if close is not None:
-            close()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def sdpa() -> Door:

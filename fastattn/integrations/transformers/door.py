@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from fastattn.integrations.torch import Door
+from fastattn.integrations.door import Door
 from fastattn.integrations.transformers.attention import NAME, attention_forward, attention_mask
 
 _lock = threading.Lock()
