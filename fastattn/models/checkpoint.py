@@ -18,6 +18,7 @@ from fastattn.models.encoder import (
     SpanClassifier,
     TokenClassifier,
 )
+from fastattn.models.replaced import replaced
 from fastattn.models.transformer import Transformer
 from fastattn.models.vision import VisionTransformer
 
@@ -128,7 +129,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder / WEIGHTS, weights, {"save": facts["save"]})
-    write_text(folder / CONFIG, text)
+    with replaced(folder / CONFIG) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def load(
@@ -211,10 +213,3 @@ def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[s
         elif weight.dtype not in DTYPES:
             problems.append(f"{name}: expected one of {_DTYPES}, got {weight.dtype}")
     return sorted(problems)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` whole."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -1,7 +1,6 @@
 """Reads and writes weights and their descriptions; no pickle is ever unpickled."""
 
 import json
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastattn.models.replaced import replaced
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -51,13 +52,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_weights(path: Path, weights: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Replace the safetensors file at `path` whole; `facts` go into its header."""
-    part = path.with_name(f"{path.name}.part")
-    part.touch()
-    mode = part.stat().st_mode
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, part, facts)
-    # The library's own mode lets nobody but the owner read.
-    part.chmod(mode)
-    os.replace(part, path)
+    with replaced(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, part, facts)
+        # The library's own mode lets nobody but the owner read.
+        part.chmod(mode)
 
 
 def read_facts(path: Path) -> dict[str, str]:

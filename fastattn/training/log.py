@@ -1,9 +1,10 @@
 """The curves of a run: a CSV file, and TensorBoard's if asked for."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
+
+from fastattn.models.replaced import replaced
 
 COLUMNS = ("step", "learning_rate", "train_loss", "held_out_loss", "held_out_accuracy")
 
@@ -23,12 +24,10 @@ class Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self._path = folder / "log.csv"
         rows = [row for row in self._rows() if int(row["step"]) <= step] if step else []
-        part = self._path.with_name("log.csv.part")
-        with part.open("w", newline="") as file:
+        with replaced(self._path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(part, self._path)
         self._file = self._path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._board: Any = None

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from fastattn.models.replaced import replaced
+
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Replaces the file; whoever is stopped in between leaves the old one."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
+    """Replaces the file whole."""
+    with replaced(path) as part, part.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def read(path: Path) -> dict[str, Any]:

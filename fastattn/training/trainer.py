@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastattn import models
-from fastattn.models.checkpoint import weights_once, write_text
+from fastattn.models.checkpoint import weights_once
+from fastattn.models.replaced import replaced
 from fastattn.training import data, state
 from fastattn.training.config import RunConfig
 from fastattn.training.log import Log
@@ -80,7 +81,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         else:
-            write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+            _write_json(folder / CONFIG, config.to_dict())
         self.log = Log(folder, self.step, options.log == "tensorboard")
 
     def run(self) -> dict[str, float]:
@@ -199,7 +200,7 @@ class Trainer:
         for name in ("train", "held_out"):
             found = self.evaluate(name) | self.task.final(self.model, self._some(name))
             metrics |= {f"{name}_{key}": value for key, value in found.items()}
-        write_text(self.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        _write_json(self.folder / METRICS, metrics)
         return metrics
 
     def _save_state(self) -> None:
@@ -232,6 +233,11 @@ class Trainer:
         if self.config.training.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with replaced(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _device(name: str) -> str:
