@@ -59,6 +59,25 @@ def feed_forward(
     return linear2(hidden if dropout is None else dropout(hidden))
 
 
+def gated_feed_forward(
+    x: Tensor,
+    gate: nn.Linear,
+    up: nn.Linear,
+    activation: Callable[[Tensor], Tensor],
+    down: nn.Linear,
+    known: str | None,
+) -> Tensor:
+    """``down(activation(gate(x)) * up(x))``, in one `fastattn.gated_ffn` where that is the same.
+
+    It is where the modules are torch's own without biases or hooks, and `known`, the name of the
+    activation, is not None.
+    """
+    biased = any(linear.bias is not None for linear in (gate, up, down))
+    if known is not None and _plain(gate, up, down) and not biased:
+        return gated_ffn(x, gate.weight, up.weight, down.weight, activation=known)
+    return down(activation(gate(x)) * up(x))
+
+
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name under which the ops know `activation`, None if they don't."""
     if isinstance(activation, nn.Module):
@@ -73,11 +92,6 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 def _plain(*linears: nn.Module) -> bool:
     """Whether these are torch's own Linear whose weights are all that there is to them."""
     return all(type(linear) is nn.Linear for linear in linears) and not hooked(*linears)
-
-
-def fits_gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> bool:
-    """Whether `fastattn.gated_ffn` takes these: torch's own Linear without biases or hooks."""
-    return _plain(gate, up, down) and gate.bias is up.bias is down.bias is None
 
 
 def make_activation(activation: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -164,9 +178,7 @@ class GatedFeedForward(nn.Module):
         """``(..., d_model)`` to ``(..., d_model)``."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         known = activation_name(self.activation)
-        if known is not None and _plain(gate, up, down):
-            return gated_ffn(x, gate.weight, up.weight, down.weight, activation=known)
-        return down(self.activation(gate(x)) * up(x))
+        return gated_feed_forward(x, gate, up, self.activation, down, known)
 
 
 class Run(NamedTuple):
@@ -182,12 +194,12 @@ def feed_forward_runs(modules: Iterable[nn.Module]) -> Iterator[Run]:
     found = list(modules)
     index = 0
     while index + 2 < len(found):
-        dropout = found[index + 2] if type(found[index + 2]) is nn.Dropout else None
-        end = index + (3 if dropout is None else 4)
-        run = (found[index], found[index + 1], dropout, found[min(end, len(found)) - 1])
-        ends = end <= len(found) and type(run[0]) is type(run[3]) is nn.Linear
-        if ends and activation_name(run[1]) is not None:
-            yield Run(index, run, end)
+        first, activation, *rest = found[index : index + 4]
+        dropout = rest.pop(0) if type(rest[0]) is nn.Dropout else None
+        run = rest and type(first) is nn.Linear is type(rest[0])
+        if run and activation_name(activation) is not None:
+            end = index + (3 if dropout is None else 4)
+            yield Run(index, (first, activation, dropout, rest[0]), end)
             index = end
         else:
             index += 1

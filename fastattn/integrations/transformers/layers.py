@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn.feed_forward import activation_name, feed_forward, fits_gated
-from fastattn.ops import gated_ffn, rms_norm
+from fastattn.nn.feed_forward import activation_name, feed_forward, gated_feed_forward
+from fastattn.ops import rms_norm
 
 _ACTIVATIONS = {
     "SiLUActivation": "silu",
@@ -36,10 +36,7 @@ class _OffsetRMSNorm:
 class _GatedMLP:
     def forward(self: Any, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        known = _activation(self.act_fn)
-        if known is not None and fits_gated(gate, up, down):
-            return gated_ffn(x, gate.weight, up.weight, down.weight, activation=known)
-        return down(self.act_fn(gate(x)) * up(x))
+        return gated_feed_forward(x, gate, up, self.act_fn, down, _activation(self.act_fn))
 
 
 class _T5DenseActDense:
