@@ -97,12 +97,17 @@ def _converted(
     unused = dict(weights)
     converted, problems = {}, []
     for name, own in weights_once(model).items():
-        found, names = _sources(family, name, unused)
-        if missing := [text for text, weight in zip(names, found) if weight is None]:
+        rule, names = _sources(family, name, unused)
+        if missing := [text for text in names if text not in unused]:
             problems.append(f"{' and '.join(missing)} is missing, for {name} {tuple(own.shape)}")
             continue
-        parts = [unused.pop(text) for text in names]
-        converted[name] = _joined(name, parts, names, own, family, problems)
+        parts = {text: unused.pop(text) for text in names}
+        whole = _joined(list(parts.values()), rule, own.shape)
+        if whole is None:
+            shapes = ", ".join(f"{text} {tuple(part.shape)}" for text, part in parts.items())
+            problems.append(f"{shapes}: expected {tuple(own.shape)} together, for {name}")
+        else:
+            converted[name] = whole
     for name, weight in unused.items():
         if name in family.copies and family.copies[name] in weights:
             if not _is_copy(name, family, weights):
@@ -124,36 +129,23 @@ def _rule(family: Family, name: str) -> tuple[Rule, re.Match[str]]:
     raise LookupError(f"no rule for {name}")
 
 
-def _sources(
-    family: Family, name: str, weights: Mapping[str, Tensor]
-) -> tuple[list[Tensor | None], list[str]]:
+def _sources(family: Family, name: str, weights: Mapping[str, Tensor]) -> tuple[Rule, list[str]]:
+    """The rule of our weight, and the names that it has in `weights`, or should have."""
     rule, match = _rule(family, name)
-    found, names = [], []
+    names = []
     for template in rule.theirs:
         alternatives = [match.expand(text) for text in template.split("|")]
-        chosen = next((text for text in alternatives if text in weights), alternatives[0])
-        found.append(weights.get(chosen))
-        names.append(chosen)
-    return found, names
+        names.append(next((text for text in alternatives if text in weights), alternatives[0]))
+    return rule, names
 
 
-def _joined(
-    name: str,
-    parts: list[Tensor],
-    names: list[str],
-    own: Tensor,
-    family: Family,
-    problems: list[str],
-) -> Tensor:
-    rule, _ = _rule(family, name)
-    shapes = ", ".join(f"{text} {tuple(part.shape)}" for text, part in zip(names, parts))
+def _joined(parts: list[Tensor], rule: Rule, shape: torch.Size) -> Tensor | None:
+    """Our weight of that shape; None if the parts don't make one."""
     # Keys and values have as many rows; how many the queries have, out_proj's columns say.
     alike = len({part.shape[1:] for part in parts}) == len({part.shape for part in parts[-2:]}) == 1
-    if alike and all(part.dim() for part in parts):
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if rule.transform is not None:
-            whole = rule.transform(whole)
-        if whole.shape == own.shape:
-            return whole
-    problems.append(f"{shapes}: expected {tuple(own.shape)} together, for {name}")
-    return own
+    if not alike or not all(part.dim() for part in parts):
+        return None
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if rule.transform is not None:
+        whole = rule.transform(whole)
+    return whole if whole.shape == shape else None
