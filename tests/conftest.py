@@ -65,6 +65,15 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny tensors on a busy machine wait for each other's threads longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def backend(request):
     """Forces one backend, and one instruction set or architecture; yields the backend's name.
 

@@ -22,12 +22,8 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors on a busy machine wait for each other's threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """Of every test here."""
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Small runs of every task."""
 
 import pytest
-import torch
 
 from fastattn.training import config
 from fastattn.training.trainer import Trainer
@@ -14,12 +13,8 @@ WORDS = _WORDS.split()
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors on a busy machine wait for each other's threads longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """Of every test here."""
 
 
 def _lines(count, form):
