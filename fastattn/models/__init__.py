@@ -18,12 +18,15 @@ from fastattn.models.encoder import (
     TokenClassifier,
 )
 from fastattn.models.huggingface import from_huggingface
+from fastattn.models.presets import PRESETS, preset
+from fastattn.models.summary import Summary, summary
 from fastattn.models.transformer import AttentionWeights, Transformer
 from fastattn.models.vision import VisionTransformer
 
 __all__ = [
     "CONFIG",
     "MODELS",
+    "PRESETS",
     "AttentionWeights",
     "Decoder",
     "DecoderConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "SequenceClassifier",
     "Span",
     "SpanClassifier",
+    "Summary",
     "TokenClassifier",
     "Transformer",
     "TransformerConfig",
@@ -43,5 +47,7 @@ __all__ = [
     "from_huggingface",
     "load",
     "load_torch",
+    "preset",
     "save",
+    "summary",
 ]

@@ -18,6 +18,7 @@ from fastattn.models.encoder import (
     SpanClassifier,
     TokenClassifier,
 )
+from fastattn.models.presets import PRESETS
 from fastattn.models.replaced import replaced
 from fastattn.models.transformer import Transformer
 from fastattn.models.vision import VisionTransformer
@@ -88,8 +89,13 @@ def load_torch(model: Transformer, stock: nn.Transformer) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def build(name: str, /, **fields: Any) -> nn.Module:
+def build(name: str, /, *, preset: str | None = None, **fields: Any) -> nn.Module:
     """A new model by its class's name, such as "Decoder", from fields of its configuration.
+
+    Args:
+        name: one of ``MODELS``.
+        preset: one of ``PRESETS`` of that model, in place of the defaults.
+        fields: of its configuration.
 
     Raises:
         ValueError, TypeError: an unknown name or field, or a value out of range.
@@ -97,7 +103,12 @@ def build(name: str, /, **fields: Any) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
     model = MODELS[name]
-    return model(model.Config.from_dict(fields))
+    if preset is None:
+        return model(model.Config.from_dict(fields))
+    known = [key for key, config in PRESETS.items() if isinstance(config, model.Config)]
+    if preset not in known:
+        raise ValueError(f"preset: expected one of {', '.join(known)} for {name}, got {preset!r}")
+    return model(PRESETS[preset].changed(**fields))
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -1,7 +1,8 @@
 """The models' configurations: frozen, validated when made."""
 
+import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from fastattn.ops.ffn import ACTIVATIONS
 
@@ -16,11 +17,24 @@ TIES = ("none", "inputs", "target", "all")
 
 
 class Config:
-    """What every configuration can."""
+    """What every configuration can, and its first check: each field is of the kind it says."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if not any(_is(value, kind) for kind in kinds):
+                expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for `from_dict`."""
         return asdict(self)  # type: ignore[call-overload]
+
+    def changed(self, **fields: Any) -> "Self":
+        """The same with other values of some fields; raises as `from_dict`."""
+        return self.from_dict({**self.to_dict(), **fields})
 
     def layer_options(self: Any) -> dict[str, Any]:
         """The options of `Stack` that every configuration has."""
@@ -116,6 +130,7 @@ class TransformerConfig(Config):
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_sizes(self, "input_vocab_size", "target_vocab_size", "max_positions")
         _check_layers(self)
         if self.num_decoder_layers is not None:
@@ -132,7 +147,6 @@ class TransformerConfig(Config):
                 f"target_vocab_size={self.target_vocab_size}"
             )
         if self.pad_id is not None:
-            _check_int("pad_id", self.pad_id)
             limit = min(self.input_vocab_size, self.target_vocab_size)
             if not 0 <= self.pad_id < limit:
                 raise ValueError(
@@ -142,7 +156,7 @@ class TransformerConfig(Config):
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Config):
     """How Llama 3.1 stretches rotary positions: low frequencies are divided by `factor`.
 
     Args:
@@ -151,12 +165,26 @@ class RopeScaling:
             `original_max_positions` than the one are divided, with more than the other kept, and
             between the two in proportion.
         original_max_positions: longest row of the first training.
+
+    Raises:
+        ValueError, TypeError: a value is out of range; the message names the field.
     """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_sizes(self, "original_max_positions")
+        _check_positive("factor", self.factor)
+        _check_positive("low_freq_factor", self.low_freq_factor)
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, "
+                f"got {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +243,8 @@ class DecoderConfig(Config):
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        super().__post_init__()
         _check_sizes(self, "vocab_size", "max_positions")
         _check_layers(self)
         if self.num_heads_kv is not None:
@@ -269,9 +298,9 @@ class EncoderConfig(Config):
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_sizes(self, "vocab_size", "max_positions", "num_labels")
         _check_layers(self)
-        _check_int("types", self.types)
         if self.types < 0:
             raise ValueError(f"types: expected at least 0, got {self.types}")
         _check_pad(self.pad_id, self.vocab_size)
@@ -313,9 +342,9 @@ class VisionConfig(Config):
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_sizes(self, "image_size", "patch_size", "channels")
         _check_layers(self)
-        _check_int("num_labels", self.num_labels)
         if self.num_labels < 0:
             raise ValueError(f"num_labels: expected at least 0, got {self.num_labels}")
         if self.image_size % self.patch_size:
@@ -344,23 +373,20 @@ def _check_layers(config: Any) -> None:
 
 
 def _check_pad(pad_id: int | None, vocab_size: int) -> None:
-    if pad_id is not None:
-        _check_int("pad_id", pad_id)
-        if not 0 <= pad_id < vocab_size:
-            raise ValueError(
-                f"pad_id: expected a token, 0 to {vocab_size - 1}, or None, got {pad_id}"
-            )
+    if pad_id is not None and not 0 <= pad_id < vocab_size:
+        raise ValueError(f"pad_id: expected a token, 0 to {vocab_size - 1}, or None, got {pad_id}")
 
 
-def _check_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+def _is(value: Any, kind: Any) -> bool:
+    """Whether it is of that kind: a whole number is a float too, True is no number."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _check_sizes(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _check_int(name, value)
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
 

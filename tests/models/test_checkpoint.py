@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -123,14 +122,12 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     tied.output.weight = tied.embedding.tokens.weight
     extended = make()
     extended.embedding.extra = torch.nn.Parameter(torch.zeros(2))
-    plain = models.build("Decoder", **SIZES, vocab_size=20, dropout=np.float32(0.1))
-    for model, error, message in (
-        (untied, ValueError, r"output\.weight \(20, 16\) is not of this model"),
-        (tied, ValueError, r"output\.weight \(20, 16\) is missing"),
-        (extended, ValueError, r"embedding\.extra \(2,\) is not of this model"),
-        (plain, TypeError, "not JSON serializable"),
+    for model, message in (
+        (untied, r"output\.weight \(20, 16\) is not of this model"),
+        (tied, r"output\.weight \(20, 16\) is missing"),
+        (extended, r"embedding\.extra \(2,\) is not of this model"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(ValueError, match=message):
             models.save(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
