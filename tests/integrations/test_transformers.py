@@ -11,13 +11,19 @@ import fastattn
 transformers = pytest.importorskip("transformers")
 from fastattn.integrations import transformers as door  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-5  # of the norm of the difference, beside that of the eager result
+OLD = int(transformers.__version__.partition(".")[0]) < 5
 IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SMALL = dict(
     vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
     intermediate_size=48, **IDS,
 )  # fmt: skip
 GQA = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64}
+T5 = dict(
+    vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8, decoder_start_token_id=0,
+    **IDS,
+)  # fmt: skip
 MODELS = {
     "bert": ("BertForMaskedLM", "BertConfig", SMALL),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config",
@@ -28,9 +34,7 @@ MODELS = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config",
                {**GQA, "head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0,
                 "query_pre_attn_scalar": 8}),
-    "t5": ("T5ForConditionalGeneration", "T5Config",
-           dict(vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_ff=48, d_kv=8,
-                decoder_start_token_id=0, **IDS)),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "vit": ("ViTForImageClassification", "ViTConfig",
             dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
                  image_size=16, patch_size=4)),
@@ -39,9 +43,22 @@ MODELS = {
                      encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
                      decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
                      max_target_positions=40, decoder_start_token_id=1, **IDS)),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", SMALL),
+    "gated_t5": ("T5ForConditionalGeneration", "T5Config",
+                 {**T5, "feed_forward_proj": "gated-gelu"}),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig",
+               {**GQA, "head_dim": 8, "num_hidden_layers": 4, "attention_chunk_size": 4,
+                "num_local_experts": 2, "intermediate_size_mlp": 48}),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig",
+                {**GQA, "head_dim": 8, "sliding_window": 4, "num_local_experts": 2,
+                 "num_experts_per_tok": 1}),
 }  # fmt: skip
-GENERATING = [name for name in MODELS if name not in ("bert", "vit")]
-OLD = int(transformers.__version__.partition(".")[0]) < 5
+GENERATING = [name for name in MODELS if name not in ("bert", "roberta", "vit")]
+FUSED = {  # what accelerate fuses of their feed-forward networks
+    "bert": "BertLayer", "gpt2": "GPT2MLP", "llama": "LlamaMLP", "mistral": "MistralMLP",
+    "qwen3": "Qwen3MLP", "gemma2": "Gemma2MLP", "t5": "T5DenseActDense", "whisper": None,
+    "roberta": "RobertaLayer", "gated_t5": "T5DenseGatedActDense", "vit": None if OLD else "ViTMLP",
+}  # fmt: skip
 
 
 def make(which):
@@ -67,7 +84,7 @@ def inputs(which, side):
     mask = torch.arange(11) < torch.tensor([11, 4, 7])[:, None]
     mask = mask.flip(1) if side == "left" else mask
     found = {"input_ids": tokens.masked_fill(~mask, 0), "attention_mask": mask.long()}
-    if which == "t5":
+    if which in ("t5", "gated_t5"):
         return {**found, "decoder_input_ids": tokens[:, :8]}, ...
     return found, mask
 
@@ -87,7 +104,7 @@ def run(model, given, counts):
 
 
 def skip_if_apart(which):
-    if OLD and which in ("bert", "t5"):
+    if OLD and which in ("bert", "roberta", "t5", "gated_t5"):
         pytest.skip("BERT and T5 of transformers 4 compute their attention themselves")
 
 
@@ -118,34 +135,58 @@ def test_greedy_generation(which, cache):
     model = make(which)
     given, _ = inputs(which, "left")
     given.pop("decoder_input_ids", None)
-    options = dict(max_new_tokens=10, do_sample=False, use_cache=cache is not None)
-    if cache == "static" and which in ("t5", "whisper"):
-        pytest.skip("needs a compiled encoder-decoder cache")
+    options = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    options |= dict(use_cache=cache is not None)
     if cache == "static":
         options |= dict(cache_implementation="static", disable_compile=True)
     expected = model.generate(**given, **options)
+    got = []
     with door.use(model):
-        explained = []
-        got = None
-
-        def generate():
-            nonlocal got
-            got = model.generate(**given, **options)
-
-        explained = fastattn.explain(generate)
-    assert explained and got.equal(expected)
+        explained = fastattn.explain(lambda: got.append(model.generate(**given, **options)))
+    assert explained and got[0].equal(expected)
 
 
-@pytest.mark.parametrize("which", ["llama", "bert"])
+@pytest.mark.parametrize("which", ["mistral", "bert"])
 def test_compiled(which):
     skip_if_apart(which)
     model = make(which)
     given, counts = inputs(which, "right")
     expected = model(**given).logits[counts]
-    with door.use(model):
-        compiled = torch.compile(model, backend="aot_eager")
+    with door.use(model), fastattn.accelerate(model):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         near(compiled(**given).logits[counts], expected)
     torch._dynamo.reset()
+
+
+def test_compiled_generation():
+    model = make("mistral")
+    given, _ = inputs("mistral", "left")
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = model.generate(**given, **options)
+    compiling = transformers.generation.CompileConfig(backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True
+    options |= dict(cache_implementation="static", compile_config=compiling)
+    with door.use(model):
+        assert model.generate(**given, **options).equal(expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "which, window, lengths",
+    [("bert", (None, None), True), ("llama", (None, 0), True), ("mistral", (3, 0), True),
+     ("vit", (None, None), False)],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_mask_hides_on_the_right_is_skipped(which, window, lengths, mode):
+    skip_if_apart(which)
+    model = make(which)
+    given, _ = inputs(which, "right")
+    with door.use(model), mode():
+        for choice in fastattn.explain(lambda: model(**given)):
+            problem = choice.problem
+            assert (problem.window_left, problem.window_right) == window
+            assert not problem.mask and problem.seqlens_k == lengths
 
 
 def test_packed_sequences():
@@ -267,30 +308,6 @@ def test_the_door_closes():
         door.use(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("which", MODELS)
-def test_accelerated(which):
-    model = make(which)
-    given, counts = inputs(which, "right")
-    expected = run(model, given, counts)
-    scale = max(grad.norm() for grad in expected[1:])
-    with fastattn.accelerate(model) as report:
-        assert report.swapped
-        if which in ("llama", "mistral", "qwen3", "gemma2"):
-            assert {"ffn", "norm"} <= {
-                "ffn" if "MLP" in swapped.original.__name__ else "norm"
-                for swapped in report.swapped
-            }
-        got = run(model, given, counts)
-        for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            near(each(**given).logits[counts], got[0])
-            assert type(each) is type(model)
-    near(got[0], expected[0])
-    for ours, theirs in zip(got[1:], expected[1:], strict=True):
-        assert (ours - theirs).norm() <= TOLERANCE * max(theirs.norm(), 0.1 * scale)
-    again = run(model, given, counts)
-    assert all(a.equal(b) for a, b in zip(again, expected, strict=True))
-
-
 def test_minilm():
     skip_if_apart("bert")
     from fastattn.demo import minilm
@@ -304,3 +321,74 @@ def test_minilm():
         expected = model(**given)[0][counts]
         with door.use(model), fastattn.accelerate(model):
             near(model(**given)[0][counts], expected)
+
+
+@pytest.mark.parametrize("which", FUSED)
+def test_accelerated(which):
+    model = make(which)
+    given, counts = inputs(which, "right")
+    expected = run(model, given, counts)
+    scale = max(grad.norm() for grad in expected[1:])
+    with fastattn.accelerate(model) as report:
+        swapped = {entry.original.__name__ for entry in report.swapped}
+        assert any("Norm" in name for name in swapped)
+        assert FUSED[which] is None or FUSED[which] in swapped
+        explained = fastattn.explain(lambda: model(**given))
+        ops = {choice.problem.op for choice in explained}
+        assert any("ffn" in op for op in ops) == (FUSED[which] is not None)
+        assert fastattn.explain(model)
+        got = run(model, given, counts)
+        for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            near(each(**given).logits[counts], got[0])
+            assert type(each) is type(model)
+    near(got[0], expected[0])
+    for ours, theirs in zip(got[1:], expected[1:], strict=True):
+        assert (ours - theirs).norm() <= TOLERANCE * max(theirs.norm(), 0.1 * scale)
+    again = run(model, given, counts)
+    assert all(a.equal(b) for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("which", [name for name in FUSED if name not in ("t5", "whisper")])
+def test_accelerated_in_training(which):
+    """Dropout outside of the fused products is transformers' own, with the same numbers."""
+    model = make(which).train()
+    given, counts = inputs(which, "right")
+    torch.manual_seed(1)
+    expected = run(model, given, counts)
+    with fastattn.accelerate(model):
+        torch.manual_seed(1)
+        near(run(model, given, counts)[0], expected[0])
+
+
+@pytest.mark.parametrize("which", [name for name in FUSED if FUSED[name] is not None])
+def test_hooks_within_an_accelerated_network_are_called(which):
+    model = make(which)
+    given, counts = inputs(which, "right")
+    expected = model(**given).logits[counts]
+    with fastattn.accelerate(model) as report:
+        networks = [e.module for e in report.swapped if e.original.__name__ == FUSED[which]]
+        parts = [
+            part
+            for network in networks
+            for name, part in network.named_modules()
+            if name and "attention" not in name
+        ]
+        seen = []
+        for part in parts:
+            handle = part.register_forward_hook(lambda part, *_: seen.append(part))
+            near(model(**given).logits[counts], expected)
+            assert part in seen
+            handle.remove()
+
+
+def test_accelerated_t5_of_two_dtypes():
+    model = make("t5").bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith("wo"):
+            module.float()
+    given, counts = inputs("t5", "right")
+    expected = model(**given).logits[counts]
+    with fastattn.accelerate(model):
+        got = model(**given).logits[counts]
+    assert got.dtype == expected.dtype
+    assert (got - expected).norm() < 0.02 * expected.norm()

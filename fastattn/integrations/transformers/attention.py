@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.integrations.transformers.band import band
 from fastattn.ops import attention
 
 NAME = "fastattn"
@@ -46,8 +47,10 @@ def attention_forward(
         query: ``(batch, heads, seqlen_q, head_dim)``.
         key, value: ``(batch, heads_kv, seqlen_k, head_dim)``, of fewer heads as they are.
         attention_mask: ``(batch, 1 or heads, seqlen_q, seqlen_k or more)``, boolean (True = take
-            part) or floating point, added to the scores; it says all that is hidden. None: causal,
-            if it is so; a single query is the newest token.
+            part) or floating point, added to the scores; it says all that is hidden. A boolean one
+            that is a band, the same for all sequences, cut at a length of each, is not read by the
+            kernel, which skips what it hides. None: causal, if it is so; a single query is the
+            newest token.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores.
         is_causal: see above.
@@ -88,7 +91,10 @@ def attention_forward(
         if cu_seq_lens_q is not None:
             mask = _within_sequences(mask, cu_seq_lens_q, cu_seq_lens_k)
         if mask.dtype == torch.bool:
-            options |= dict(mask=mask, bias=position_bias)
+            whole = mask.shape[0] == query.shape[0] and mask.shape[2:] == (seqlen_q, seqlen_k)
+            hidden = band(mask) if whole else None
+            options |= dict(mask=mask) if hidden is None else hidden
+            options["bias"] = position_bias
         else:
             options["bias"] = mask if position_bias is None else mask + position_bias
     out: Any = attention(query, key, value, **options)
@@ -182,8 +188,11 @@ def _check_kwargs(kwargs: dict[str, Any]) -> None:
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The boolean mask that transformers makes for torch's function, or None where it skips it.
 
-    It says of padding, windows, packed sequences and the unused end of a static cache.
+    It says of padding, windows, chunks, packed sequences and the unused end of a static cache, of
+    which `attention_forward` finds the bands.
     """
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*args, **kwargs)
+    # Tensors made in inference mode have no version, by which `band` knows what it has seen.
+    with torch.inference_mode(False):
+        return sdpa_mask(*args, **kwargs)
