@@ -54,7 +54,7 @@ def _report(metrics: dict[str, float]) -> None:
     print(f"\n{'':<12}{'train':>12}{'held out':>12}")
     for name in names:
         train, held_out = metrics[f"train_{name}"], metrics[f"held_out_{name}"]
-        share = name in ("accuracy", "exact")
+        share = name in ("accuracy", "exact", "f1")
         texts = [f"{value:.2%}" if share else f"{value:.4g}" for value in (train, held_out)]
         print(f"{name:<12}{texts[0]:>12}{texts[1]:>12}")
     print(

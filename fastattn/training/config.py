@@ -12,6 +12,7 @@ TASKS = (
     "masked-language-modeling",
     "text-classification",
     "image-classification",
+    "question-answering",
 )
 SCHEDULES = ("cosine", "inverse_sqrt", "constant")
 TOKENIZERS = ("characters", "bpe", "wordpiece")
@@ -29,9 +30,12 @@ class DataConfig:
         dataset: a name of `fastattn.training.datasets`.
         options: of its `load`.
         train, held_out: files in its place: .jsonl (keys "source" and "target", or "text" and
-            "label", or "text"), .csv and .tsv (two columns), .txt, or .npz (arrays "images" and
-            "labels").
-        seqlen: tokens of a window of text, for language models.
+            "label", or "text", or "question", "context" and "answer"), .csv and .tsv (columns of
+            the same), .txt, or .npz (arrays "images" and "labels"). Of a question there may be
+            "answers", a list, in place of "answer", and "answer_start", the first one's place in
+            the context in characters; else it is the first such text.
+        seqlen: tokens of a window of text, for language models; of a row with a question and its
+            context, of which longer ones become several.
         shift: pixels by which training moves images at random.
     """
 

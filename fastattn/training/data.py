@@ -3,7 +3,7 @@
 import csv
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from fastattn.training import datasets
 from fastattn.training.config import DataConfig
-from fastattn.training.datasets import Dataset
+from fastattn.training.datasets import Dataset, Question
 
 # What an example of a task is made of, as the keys of a .jsonl file.
 KEYS = {
@@ -19,6 +19,7 @@ KEYS = {
     "text-classification": ("text", "label"),
     "language-modeling": ("text",),
     "masked-language-modeling": ("text",),
+    "question-answering": ("question", "context", "answer"),
 }
 
 
@@ -36,7 +37,12 @@ def load(config: DataConfig, task: str) -> Dataset:
         path = Path(str(name))
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        examples = _images(path) if task == "image-classification" else _texts(path, KEYS[task])
+        if task == "image-classification":
+            examples = _images(path)
+        elif task == "question-answering":
+            examples = _questions(path)
+        else:
+            examples = _texts(path, KEYS[task])
         if not examples:
             raise ValueError(f"{path}: expected examples, got none")
         parts.append(examples)
@@ -47,14 +53,12 @@ def _texts(path: Path, keys: tuple[str, ...]) -> list[Any]:
     rows: list[tuple[str, ...]]
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                rows.append(tuple(str(record[key]) for key in keys))
-            except (ValueError, KeyError, TypeError) as error:
+        for place, record in _records(path):
+            if missing := [key for key in keys if key not in record]:
                 raise ValueError(
-                    f"{path}:{number}: expected an object with {', '.join(keys)}: {error!r}"
-                ) from error
+                    f"{place}: expected an object with {', '.join(keys)}, got no {missing[0]}"
+                )
+            rows.append(tuple(str(record[key]) for key in keys))
     elif path.suffix in (".csv", ".tsv"):
         with path.open(newline="") as file:
             rows = [tuple(row) for row in csv.reader(file, delimiter=",\t"[path.suffix == ".tsv"])]
@@ -68,6 +72,56 @@ def _texts(path: Path, keys: tuple[str, ...]) -> list[Any]:
     else:
         raise ValueError(f"{path}: expected .jsonl, .csv, .tsv, or of plain text .txt")
     return [row[0] for row in rows] if len(keys) == 1 else rows
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with its place, for messages."""
+    for number, line in enumerate(path.read_text().split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: expected an object: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: expected an object, got {line[:80]!r}")
+        yield f"{path}:{number}", record
+
+
+def _questions(path: Path) -> list[Any]:
+    if path.suffix == ".jsonl":
+        return [_question(place, record) for place, record in _records(path)]
+    keys = KEYS["question-answering"]
+    return [
+        _question(f"{path}:{number}", dict(zip(keys, row)))
+        for number, row in enumerate(_texts(path, keys), 1)
+    ]
+
+
+def _question(place: str, record: dict[str, Any]) -> Question:
+    for key in ("question", "context"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise ValueError(f"{place}: {key}: expected text, got {record.get(key)!r}")
+    context = record["context"]
+    name = "answers" if "answers" in record else "answer"
+    right = record["answers"] if "answers" in record else [record.get("answer")]
+    if not isinstance(right, list) or not right:
+        raise ValueError(f"{place}: answers: expected a list of texts, got {right!r}")
+    for answer in right:
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"{place}: {name}: expected text of the context, got {answer!r}")
+    start = record.get("answer_start", context.find(right[0]))
+    if start == -1:
+        raise ValueError(f"{place}: {name}: expected text of the context, which lacks {right[0]!r}")
+    if type(start) is not int or start < 0:
+        raise ValueError(f"{place}: answer_start: expected a whole number, got {start!r}")
+    if not context.startswith(right[0], start):
+        there = context[start : start + len(right[0])]
+        raise ValueError(
+            f"{place}: answer_start: expected where {right[0]!r} begins, got {start}, "
+            f"with {there!r}"
+        )
+    return Question(record["question"], context, tuple(right), start)
 
 
 def _images(path: Path) -> list[Any]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastattn import models
 from fastattn.ops import cross_entropy, linear_cross_entropy
-from fastattn.training import tokens
+from fastattn.training import spans, tokens
 from fastattn.training.config import RunConfig
-from fastattn.training.datasets import Dataset
+from fastattn.training.datasets import Dataset, Question
 from fastattn.training.tokens import BOS, EOS, MASK, PAD, SPECIAL
 
 IGNORED = -100
@@ -338,12 +338,98 @@ class ImageClassification(_Labelled):
         return _output(model(batch["images"]), batch["targets"], smoothing, count)
 
 
+class QuestionAnswering(_TextTask):
+    """A span of each context, on `fastattn.models.SpanClassifier`.
+
+    The targets are its first and its last token; both are the first token of the row in a window
+    of the context without the answer (Devlin et al. 2019, section 4.3).
+    """
+
+    model_name = "SpanClassifier"
+    unit = "examples"
+    types = 0  # of the model
+    seqlen = 0
+
+    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path | None = None) -> None:
+        super().__init__(config, dataset, folder)
+        if config.training.label_smoothing:
+            raise ValueError(
+                "training.label_smoothing: expected 0 for question-answering, got "
+                f"{config.training.label_smoothing}"
+            )
+
+    def build(self, first: nn.Module | None = None) -> nn.Module:
+        model: Any = super().build(first)
+        self.types = model.config.types
+        self.seqlen = min(self.config.data.seqlen, model.config.max_positions)
+        return model
+
+    def _texts(self, examples: Iterable[Any]) -> Iterable[str]:
+        return (text for example in examples for text in (example.question, example.context))
+
+    def fields(self) -> dict[str, Any]:
+        seqlen = self.config.data.seqlen
+        return dict(vocab_size=self.vocab_size, max_positions=seqlen, types=2, pad_id=PAD)
+
+    def encode(self, examples: Sequence[Any]) -> Sequence[Any]:
+        questions = self.tokenizer.encode_batch([example.question for example in examples])
+        contexts = self.tokenizer.encode_batch([example.context for example in examples])
+        return [
+            (row, target, example)
+            for question, context, example in zip(questions, contexts, examples)
+            for row, target in self._windows(question, context, example)
+        ]
+
+    def _windows(self, question: Any, context: Any, example: Question) -> list[Any]:
+        found = spans.span(context, example.start, example.start + len(example.answers[0]))
+        try:
+            rows = spans.rows(question.ids, context.ids, self.seqlen)
+        except ValueError as error:
+            raise ValueError(f"{error}: {example.question[:80]!r}; see data.seqlen") from None
+        windows = []
+        for row in rows:
+            shift, end = row.context - row.first, len(row.ids) - 1
+            within = found and row.context <= found[0] + shift and found[1] + shift < end
+            windows.append(
+                (row, (found[0] + shift, found[1] + shift) if found and within else (0, 0))
+            )
+        if not any(target[0] for _, target in windows):
+            raise ValueError(
+                f"data.seqlen: no window of {self.seqlen} tokens has the whole answer "
+                f"{example.answers[0][:80]!r} of {example.question[:80]!r}"
+            )
+        return windows
+
+    def length(self, example: Any) -> int:
+        return len(example[0].ids)
+
+    def batch(self, examples: Sequence[Any], seed: str | None) -> Batch:
+        targets = torch.tensor([target for _, target, _ in examples])
+        return {**spans.inputs([row for row, _, _ in examples], self.types), "targets": targets}
+
+    def loss(self, model: Any, batch: Batch, smoothing: float, count: bool) -> Output:
+        logits = spans.logits(model, batch).flatten(0, 1)
+        return _output(logits, batch["targets"].T.flatten(), smoothing, count)
+
+    def final(self, model: Any, examples: Sequence[Any]) -> dict[str, float]:
+        asked = list({id(example): example for _, _, example in examples}.values())
+        pairs = [(example.question, example.context) for example in asked]
+        found = spans.answers(model, self.tokenizer, pairs, self.seqlen, self.config.training.batch)
+        scores = [
+            (spans.exact(answer.text, example.answers), spans.f1(answer.text, example.answers))
+            for answer, example in zip(found, asked)
+        ]
+        exact, f1 = (sum(column) / len(scores) for column in zip(*scores))
+        return {"exact": exact, "f1": f1}
+
+
 TASKS: dict[str, type[Task]] = {
     "translation": Translation,
     "language-modeling": LanguageModeling,
     "masked-language-modeling": MaskedLanguageModeling,
     "text-classification": TextClassification,
     "image-classification": ImageClassification,
+    "question-answering": QuestionAnswering,
 }
 
 

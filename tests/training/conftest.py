@@ -1,5 +1,7 @@
 """Small runs of every task."""
 
+import json
+
 import pytest
 
 from fastattn.training import config
@@ -25,6 +27,12 @@ def _words(index, count=6):
     return " ".join(WORDS[(index * 5 + 3 * k + k * k) % len(WORDS)] for k in range(count))
 
 
+def _question(index):
+    words = _words(index).split()
+    record = dict(question=words[3], context=" ".join(words), answer=words[4])
+    return json.dumps({**record, "answer_start": len(" ".join(words[:4])) + 1})
+
+
 @pytest.fixture
 def files(tmp_path):
     """Writes files of examples of a task; the data section that names them."""
@@ -35,7 +43,10 @@ def files(tmp_path):
         form = {
             "translation": lambda i: f"{_words(i)}\t{_words(i).upper()}",
             "text-classification": lambda i: f"{_words(i)}\t{('even', 'odd')[i % 2]}",
+            "question-answering": _question,
         }.get(task, _words)
+        if task == "question-answering":
+            suffix = ".jsonl"
         suffix = suffix or (".tsv" if "t" in form(0) and "\t" in form(0) else ".txt")
         found = {}
         for name, count in (("train", 40), ("held_out", 12)):
@@ -47,7 +58,7 @@ def files(tmp_path):
             else:
                 path.write_text(_lines(count, form))
             found[name] = str(path)
-        return {**found, "seqlen": 12}
+        return {**found, "seqlen": 48 if task == "question-answering" else 12}
 
     return write
 

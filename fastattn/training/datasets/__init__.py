@@ -5,6 +5,7 @@ Each module here has a function ``load(...) -> Dataset``. What its examples are 
 - translation: ``(source, target)``, two strings;
 - text classification: ``(text, label)``, two strings;
 - language modeling: a document, a string;
+- question answering: a `Question`;
 - image classification: ``(image, label)``, a float tensor ``(channels, height, width)`` with
   values from 0 to 1, and a string.
 """
@@ -21,6 +22,21 @@ class Dataset(NamedTuple):
 
     train: Sequence[Any]
     held_out: Sequence[Any]
+
+
+class Question(NamedTuple):
+    """A question, and where its answer is.
+
+    Args:
+        question, context: texts.
+        answers: all that are right; of the first is
+        start: its place in the context, in characters.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    start: int
 
 
 def load(name: str, **options: Any) -> Dataset:
