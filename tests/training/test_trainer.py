@@ -14,6 +14,7 @@ import torch
 from fastattn import models
 from fastattn.training import config, schedule, state
 from fastattn.training.config import TASKS
+from fastattn.training.trainer import Trainer
 
 
 def _log(folder):
@@ -132,6 +133,25 @@ def test_killed_it_goes_on_alike(values, tmp_path):
     assert metrics[0] == metrics[1]
 
 
+def test_tensorboard_has_the_same_curve(trainer, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = dict(log="tensorboard", eval_every=5)
+    run = trainer(training=dict(steps=8, **options))
+    run.run()
+    events = accumulator.EventAccumulator(str(run.folder)).Reload()
+    told = {name: {} for name in events.Tags()["scalars"]}
+    for name, steps in told.items():
+        steps.update((event.step, event.value) for event in events.Scalars(name))
+    rows = _log(run.folder)
+    assert set(told) == set(rows[0]) - {"step"}
+    for name, steps in told.items():
+        logged = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        assert steps == pytest.approx(logged)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="log='tensorboard' needs it: pip install"):
+        trainer(folder="other", training=options)
+
+
 def test_stops_early(trainer):
     run = trainer(training=dict(steps=50, learning_rate=0.0, eval_every=2, patience=3))
     metrics = run.run()
@@ -142,6 +162,19 @@ def test_a_loss_that_is_not_finite_stops_it(trainer):
     run = trainer(training=dict(learning_rate=1e30, clip=0.0, warmup=0, steps=50))
     with pytest.raises(FloatingPointError, match="the loss of step .* is"):
         run.run()
+
+
+def test_a_preset_gives_the_sizes_that_the_run_does_not(values, tmp_path):
+    made = values("text-classification")
+    made["model"] = dict(preset="bert-tiny", num_layers=1)
+    found = Trainer(config.from_dict(made), tmp_path / "run").model.config
+    expected = models.preset("bert-tiny", num_layers=1)
+    data = dict(vocab_size=found.vocab_size, max_positions=found.max_positions)
+    assert found == expected.changed(**data, types=found.types, pad_id=found.pad_id)
+    assert found.vocab_size < 100
+    made["model"] = dict(preset="gpt2")
+    with pytest.raises(ValueError, match="preset: expected one of bert-base, .* for Sequence"):
+        Trainer(config.from_dict(made), tmp_path / "other")
 
 
 def test_begins_with_another_model(trainer):
