@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What there is to do on a machine with a GPU, in stages of some minutes:
 #   bench/gpu_run.sh build
-#   bench/gpu_run.sh test [pytest's arguments]     by default every op's tests and the kernels' own
+#   bench/gpu_run.sh test [pytest's arguments]     by default those of ops, kernels, models, doors
 #   bench/gpu_run.sh sanitize [memcheck or racecheck]     the CUDA kernels under compute-sanitizer
 #   bench/gpu_run.sh bench [gpu.py's options]
 #   bench/gpu_run.sh all
@@ -35,6 +35,7 @@ run_tests() {
     {
         pytest "${@:-ops}" -k "triton or cuda" --junitxml="$reports/ops.xml" || status=1
         [ $# -gt 0 ] || pytest kernels --junitxml="$reports/kernels.xml" || status=1
+        [ $# -gt 0 ] || pytest test_devices.py --junitxml="$reports/devices.xml" || status=1
     } > "$out/tests.txt"
     tail -n 40 "$out/tests.txt"
     summary "$reports"/*.xml > "$out/tests.json"
