@@ -4,8 +4,10 @@ import contextlib
 import importlib.util
 import os
 
-# Of numpy's small products in Triton's interpreter; torch and the CPU kernels have other threads.
+# Of numpy's small products in Triton's interpreter; torch and the CPU kernels have other threads,
+# which must not spin while they wait: pytest's other workers need the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
