@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-Owners = dict[int, tuple[str, nn.Module]]  # of each weight, the first layer that has it
+Owners = dict[int, str]  # of each weight, the name of the first layer that has it
 
 
 class Row(NamedTuple):
@@ -74,26 +74,31 @@ def summary(model: nn.Module, *, depth: int = 3) -> Summary:
     owners: Owners = {}
     for name, module in model.named_modules():
         for weight in module.parameters(recurse=False):
-            owners.setdefault(id(weight), (name, module))
-    return Summary(list(_rows("(the model)", [model], 0, depth, owners)))
+            owners.setdefault(id(weight), name)
+    return Summary(list(_rows("(the model)", {"": model}, 0, depth, owners)))
 
 
 def _rows(
-    name: str, alike: list[nn.Module], level: int, depth: int, owners: Owners
+    label: str, alike: dict[str, nn.Module], level: int, depth: int, owners: Owners
 ) -> Iterator[Row]:
-    """A row of equal layers, and those of what is in them."""
-    inside = {module for layer in alike for module in layer.modules()}
-    weights = {id(weight): weight for layer in alike for weight in layer.parameters()}
-    shared = [owners[key][0] for key in weights if owners[key][1] not in inside]
-    own = [weight for key, weight in weights.items() if owners[key][1] in inside]
+    """A row of equal layers, by their names, and those of what is in them."""
+    inside = tuple(f"{name}." if name else "" for name in alike)
+    first = next(iter(alike.values()))
+    weights = {id(weight): weight for layer in alike.values() for weight in layer.parameters()}
+    shared, own = [], []
+    for key, weight in weights.items():
+        if f"{owners[key]}.".startswith(inside):
+            own.append(weight)
+        else:
+            shared.append(owners[key])
     notes = [f"x {len(alike)}"] if len(alike) > 1 else []
-    notes += _heads(alike[0])
+    notes += _heads(first)
     if own and not any(weight.requires_grad for weight in own):
         notes.append("frozen")
     notes += [f"shares that of {owner}" for owner in dict.fromkeys(shared)]
     yield Row(
-        name,
-        type(alike[0]).__name__,
+        label,
+        type(first).__name__,
         level,
         sum(weight.numel() for weight in own),
         sum(weight.numel() for weight in own if weight.requires_grad),
@@ -101,10 +106,14 @@ def _rows(
         ", ".join(notes),
     )
     if level < depth:
-        for label, children in _children(alike[0]):
-            path = f"{name}.{label}" if level else label
-            layers = [layer.get_submodule(child) for layer in alike for child in children]
-            if any(True for _ in layers[0].parameters()):
+        for inner, children in _children(first):
+            path = f"{label}.{inner}" if level else inner
+            layers = {
+                f"{name}.{child}".removeprefix("."): layer.get_submodule(child)
+                for name, layer in alike.items()
+                for child in children
+            }
+            if any(True for layer in layers.values() for _ in layer.parameters()):
                 yield from _rows(path, layers, level + 1, depth, owners)
 
 
@@ -117,7 +126,8 @@ def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, list[s
             yield from _children(child, f"{prefix}{name}.")
             continue
         weights = [(w.shape, w.dtype, w.requires_grad) for w in child.parameters()]
-        kind = name.isdigit(), repr(child), weights
+        heads = [_heads(module) for module in child.modules()]
+        kind = name.isdigit(), repr(child), weights, heads
         if runs and name.isdigit() and kind == previous:
             runs[-1].append(prefix + name)
         else:

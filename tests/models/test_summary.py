@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastattn
 from fastattn import models
 
 LLAMA = dict(
@@ -43,6 +44,23 @@ def test_what_is_shared_counts_once():
     output = table.rows[-1]
     assert output[:4] == ("output", "Linear", 1, 0)
     assert output.note == "shares that of embedding.tokens"
+
+
+def test_a_module_in_two_places_is_the_first_ones():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(3, 3)), "b": nn.Sequential()})
+    model["b"].append(model["a"][0])
+    _, a, a_linear, b, b_linear = models.summary(nn.Sequential(model)).rows
+    assert (a.parameters, a_linear.parameters, b.parameters, b_linear.parameters) == (12, 12, 0, 0)
+    assert b.note == "shares that of 0.a.0"
+
+
+def test_layers_with_other_heads_stand_apart():
+    made = [fastattn.nn.MultiheadAttention(8, heads) for heads in (2, 2, 4)]
+    rows = models.summary(nn.Sequential(*made), depth=1).rows
+    assert [(row.layer, row.note) for row in rows[1:]] == [
+        ("0-1", "x 2, heads 2, head_dim 4"),
+        ("2", "heads 4, head_dim 2"),
+    ]
 
 
 def test_depth():
