@@ -122,7 +122,9 @@ class RunConfig:
         task: one of ``TASKS``.
         seed: of everything that is drawn.
         data, tokenizer, training: see there.
-        model: fields of the model's configuration; sizes that the data decides are filled in.
+        model: fields of the model's configuration, beside "preset", one of
+            `fastattn.models.PRESETS`, if they begin from it; sizes that the data decides are
+            filled in.
     """
 
     task: str
@@ -265,6 +267,12 @@ def _check(config: RunConfig) -> None:
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    for name, value in (("model", config.model), ("data.options", data.options)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: expected a section, got {value!r}")
+    betas = training.betas
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(map(_is_share, betas)):
+        raise ValueError(f"training.betas: expected two numbers from 0 to below 1, got {betas!r}")
     sizes = ("steps", "batch", "accumulate", "eval_every", "eval_examples", "save_every")
     for name in (*sizes, "log_every"):
         _check_int(f"training.{name}", getattr(training, name), 1)
@@ -282,6 +290,10 @@ def _check(config: RunConfig) -> None:
         raise ValueError("data.dataset: expected either a data set or data.train, got both or none")
     if data.train is not None and data.held_out is None:
         raise ValueError("data.held_out: expected a file beside data.train, got none")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

@@ -28,9 +28,15 @@ def load(config: DataConfig, task: str) -> Dataset:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file can't be read as examples of the task, or there are none.
+        ValueError: a data set is for another task; a file can't be read as examples of the task,
+            or there are none.
     """
     if config.dataset is not None:
+        tasks = datasets.TASKS.get(config.dataset, (task,))  # `load` tells of unknown ones
+        if task not in tasks:
+            raise ValueError(
+                f"data.dataset: {config.dataset} is for the tasks {', '.join(tasks)}, got {task}"
+            )
         return datasets.load(config.dataset, **config.options)
     parts = []
     for name in (config.train, config.held_out):

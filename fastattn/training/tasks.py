@@ -72,12 +72,20 @@ class Task(ABC):
 
     def build(self, first: nn.Module | None = None) -> nn.Module:
         """A new model, of the sizes of `first`, which it will begin with."""
-        fields = self.fields()
+        fields, chosen = self.fields(), self.config.model
         given: Any = None if first is None else first.config
         if isinstance(given, models.MODELS[self.model_name].Config):
+            if "preset" in chosen:
+                raise ValueError(
+                    "model.preset: expected none beside training.init, whose sizes the model has, "
+                    f"got {chosen['preset']!r}"
+                )
             labels = {name: fields[name] for name in ("num_labels",) if name in fields}
             fields |= {**given.to_dict(), **labels}
-        return models.build(self.model_name, **{**fields, **self.config.model})
+        try:
+            return models.build(self.model_name, **{**fields, **chosen})
+        except TypeError as error:
+            raise ValueError(f"model: {error}") from error
 
     def final(self, model: Any, examples: Sequence[Any]) -> dict[str, float]:
         """Further metrics of a trained model on encoded examples."""

@@ -21,7 +21,7 @@ def learn(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
         tokenizer.add_special_tokens(SPECIAL)
-        return tokenizer
+        return _of_text(tokenizer)
     options: dict[str, Any] = dict(
         vocab_size=config.vocab_size, special_tokens=SPECIAL, show_progress=False
     )
@@ -39,7 +39,7 @@ def learn(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         tokenizer.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(**options)
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _of_text(tokenizer)
 
 
 def read(path: str | Path) -> Tokenizer:
@@ -58,4 +58,10 @@ def read(path: str | Path) -> Tokenizer:
     found = [tokenizer.id_to_token(number) for number in range(len(SPECIAL))]
     if found != SPECIAL:
         raise ValueError(f"{path}: expected the first tokens {SPECIAL}, got {found}")
+    return _of_text(tokenizer)
+
+
+def _of_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, to which "[MASK]" in a text is six characters."""
+    tokenizer.encode_special_tokens = True
     return tokenizer

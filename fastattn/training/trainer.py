@@ -65,7 +65,7 @@ class Trainer:
         self.new = [] if first is None else _begin_with(self.model, first)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
-            _groups(self.model, options.weight_decay), lr=0.0, betas=_pair(options.betas)
+            _groups(self.model, options.weight_decay), lr=0.0, betas=tuple(options.betas)
         )
         self.order = data.Order(
             lambda epoch: self.task.examples("train", epoch),
@@ -246,12 +246,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("training.device: expected cpu or auto, as torch sees no GPU, got 'cuda'")
     return name
-
-
-def _pair(betas: Sequence[float]) -> tuple[float, float]:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"training.betas: expected two numbers from 0 to below 1, got {betas}")
-    return betas[0], betas[1]
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Configurations and files of examples: what is read, and what is refused by name."""
 
 import json
+import re
 
 import pytest
 
@@ -57,6 +58,10 @@ def test_recipes_can_be_read(name):
         (["training"], "set: expected key=value, got 'training'"),
         (["task.x=1"], "set: task is no section"),
         (["training=1"], "training: expected a section, got 1"),
+        (["model=3"], "model: expected a section, got 3"),
+        (["data.options=[]"], r"data.options: expected a section, got \[\]"),
+        (["training.betas=3"], "training.betas: expected two numbers from 0 to below 1, got 3"),
+        (["training.betas=[0.9, 1]"], "training.betas: expected two numbers"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, message):
@@ -85,6 +90,23 @@ def test_damaged_files_are_named(tmp_path, name, text, message):
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert run("nothing", [], tmp_path, False) == 1
     assert "expected a file or one of the recipes image-classification" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("model.d_modell=64", "model: d_modell: not of VisionConfig"),
+        ("model.d_model=x", "model: d_model: expected int, got str"),
+        ("model.d_model=0", "d_model: expected at least 1, got 0"),
+        ('data.options={"foo": 1}', "data.options: got an unexpected keyword argument 'foo'"),
+        ("data.dataset=letters", "data.dataset: expected one of dates, .* got 'letters'"),
+        ("task=question-answering", "data.dataset: digits is for the tasks image-classification,"),
+    ],
+)
+def test_the_command_names_a_wrong_value(tmp_path, capsys, change, message):
+    pytest.importorskip("sklearn")
+    assert run("image-classification", [change], tmp_path, False) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -145,16 +167,16 @@ def test_tokenizers(tmp_path, kind):
         assert tokens.UNKNOWN not in ids and min(ids) >= len(tokens.SPECIAL)
         assert tokenizer.decode(ids).split() == text.split()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert (
-        tokens.read(tmp_path / "tokenizer.json").encode(texts[0]).ids
-        == tokenizer.encode(texts[0]).ids
-    )
+    again = tokens.read(tmp_path / "tokenizer.json")
+    assert again.encode(texts[0]).ids == tokenizer.encode(texts[0]).ids
+    for each in (tokenizer, again):  # a text may speak of them
+        assert not {tokens.PAD, tokens.MASK} & {*each.encode("the [MASK] of [PAD]").ids}
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer"):
         tokens.read(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.parametrize("name", datasets.NAMES)
+@pytest.mark.parametrize("name", datasets.TASKS)
 def test_datasets_hold_out_what_training_never_sees(name):
     if name != "english":
         pytest.importorskip("sklearn" if name == "digits" else "babel")

@@ -188,6 +188,9 @@ def test_begins_with_another_model(trainer):
     assert ours["encoder.embedding.tokens.weight"].equal(theirs["encoder.embedding.tokens.weight"])
     assert second.task.tokenizer.to_str() == first.task.tokenizer.to_str()
     second.run()
+    with pytest.raises(ValueError, match="model.preset: expected none beside training.init"):
+        trainer("text-classification", "third", training=dict(init=str(folder)),
+                model=dict(preset="bert-tiny"))  # fmt: skip
     with pytest.raises(ValueError, match=r"training.init: .*: expected shape"):
         trainer("text-classification", "third", training=dict(init=str(folder)),
                 model=dict(d_ff=32))  # fmt: skip

@@ -10,11 +10,18 @@ Each module here has a function ``load(...) -> Dataset``. What its examples are 
   values from 0 to 1, and a string.
 """
 
+import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-NAMES = ("dates", "digits", "english", "languages")
+# The data sets, and the tasks that they are for.
+TASKS: dict[str, tuple[str, ...]] = {
+    "dates": ("translation",),
+    "digits": ("image-classification",),
+    "english": ("language-modeling", "masked-language-modeling"),
+    "languages": ("text-classification",),
+}
 
 
 class Dataset(NamedTuple):
@@ -43,15 +50,15 @@ def load(name: str, **options: Any) -> Dataset:
     """The data set of that name.
 
     Args:
-        name: one of ``NAMES``.
+        name: one of ``TASKS``.
         options: of its module's `load`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name or option.
         ModuleNotFoundError: the package that it comes in is missing; the message says which.
     """
-    if name not in NAMES:
-        raise ValueError(f"dataset: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name not in TASKS:
+        raise ValueError(f"data.dataset: expected one of {', '.join(TASKS)}, got {name!r}")
     try:
         module = import_module(f"fastattn.training.datasets.{name}")
     except ModuleNotFoundError as error:
@@ -60,4 +67,8 @@ def load(name: str, **options: Any) -> Dataset:
         raise ModuleNotFoundError(
             f"dataset {name} needs {error.name}: pip install 'fastattn[recipes]'", name=error.name
         ) from error
+    try:
+        inspect.signature(module.load).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"data.options: {error}") from None
     return module.load(**options)
