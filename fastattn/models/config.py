@@ -259,6 +259,16 @@ class DecoderConfig(Config):
         if self.softcap is not None:
             _check_positive("softcap", self.softcap)
         _check_positive("rope_theta", self.rope_theta)
+        if self.positions == "rotary" and (self.head_dim or self.d_model // self.num_heads) % 2:
+            raise ValueError(
+                "head_dim: expected an even number with rotary positions, got "
+                f"{self.head_dim or self.d_model // self.num_heads}"
+            )
+        if self.rope_scaling is not None and self.positions != "rotary":
+            raise ValueError(
+                f"rope_scaling: expected None with positions={self.positions!r}, which it does not "
+                f"stretch, got {self.rope_scaling}"
+            )
         _check_choice("norm", self.norm, NORMS)
         _check_choice("positions", self.positions, DECODER_POSITIONS)
         _check_pad(self.pad_id, self.vocab_size)

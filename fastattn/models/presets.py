@@ -25,10 +25,15 @@ _T5: dict[str, Any] = dict(
     tie_embeddings="all",
     softmax_scale=1.0,
     embedding_scale=1.0,
+    max_positions=1 << 20,  # the positions know no limit
 )
 _VASWANI: dict[str, Any] = dict(
-    input_vocab_size=37000, target_vocab_size=37000, tie_embeddings="all"
+    input_vocab_size=37000, target_vocab_size=37000, tie_embeddings="all", attention_dropout=0.0
 )
+_VIT: dict[str, Any] = dict(num_labels=1000, attention_dropout=0.0, norm_eps=1e-6)
+
+# The sizes are those of the papers; what they leave open, as activations, lengths and padded
+# vocabularies, is as in the configurations that were published with the weights.
 
 PRESETS: dict[str, Config] = {
     # Vaswani et al. 2017, table 3
@@ -52,7 +57,7 @@ PRESETS: dict[str, Config] = {
     "gpt2-xl": DecoderConfig(
         vocab_size=50257, d_model=1600, num_layers=48, num_heads=25, d_ff=6400
     ),
-    # Grattafiori et al. 2024, table 3
+    # Grattafiori et al. 2024, table 3; the small one is of their release 3.2
     "llama-3-8b": DecoderConfig(
         **_LLAMA,
         vocab_size=128256,
@@ -111,11 +116,9 @@ PRESETS: dict[str, Config] = {
     ),
     "bert-tiny": EncoderConfig(vocab_size=30522, d_model=128, num_layers=2, num_heads=2, d_ff=512),
     # Dosovitskiy et al. 2021, table 1; the tiny one: Touvron et al. 2021, table 1
-    "vit-base-16": VisionConfig(num_labels=1000),
-    "vit-large-16": VisionConfig(
-        num_labels=1000, d_model=1024, num_layers=24, num_heads=16, d_ff=4096
-    ),
-    "vit-tiny-16": VisionConfig(num_labels=1000, d_model=192, num_heads=3, d_ff=768),
+    "vit-base-16": VisionConfig(**_VIT),
+    "vit-large-16": VisionConfig(**_VIT, d_model=1024, num_layers=24, num_heads=16, d_ff=4096),
+    "vit-tiny-16": VisionConfig(**_VIT, d_model=192, num_heads=3, d_ff=768, dropout=0.0),
 }
 
 

@@ -56,11 +56,24 @@ class Transformer(Model):
                     nn.init.xavier_uniform_(parameter)
                 elif parameter_name.endswith("bias"):
                     nn.init.zeros_(parameter)
+        if config.softmax_scale is not None:
+            self._rescale_queries(config.softmax_scale)
         nn.init.normal_(self.output.weight, std=config.d_model**-0.5)
         if config.tie_embeddings in ("target", "all"):
             self.output.weight = self.target_embedding.tokens.weight
         if config.tie_embeddings in ("inputs", "all"):
             self.input_embedding.tokens.weight = self.target_embedding.tokens.weight
+
+    @torch.no_grad()
+    def _rescale_queries(self, softmax_scale: float) -> None:
+        """Scores begin as large as with the usual scale, as T5's do."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                weight = module.in_proj.weight
+                weight[: module.num_heads * module.head_dim] /= softmax_scale * module.head_dim**0.5
+            elif isinstance(module, CrossAttention):
+                weight = module.q_proj.weight
+                weight /= softmax_scale * (len(weight) / module.num_heads) ** 0.5
 
     def _embedding(self, vocab_size: int) -> Embedding:
         c = self.config

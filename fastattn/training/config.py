@@ -267,9 +267,9 @@ def _check(config: RunConfig) -> None:
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    for name, value in (("model", config.model), ("data.options", data.options)):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name}: expected a section, got {value!r}")
+    for name, section in (("model", config.model), ("data.options", data.options)):
+        if not isinstance(section, dict):
+            raise ValueError(f"{name}: expected a section, got {section!r}")
     betas = training.betas
     if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(map(_is_share, betas)):
         raise ValueError(f"training.betas: expected two numbers from 0 to below 1, got {betas!r}")

@@ -65,7 +65,9 @@ class Trainer:
         self.new = [] if first is None else _begin_with(self.model, first)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
-            _groups(self.model, options.weight_decay), lr=0.0, betas=tuple(options.betas)
+            _groups(self.model, options.weight_decay),
+            lr=0.0,
+            betas=(options.betas[0], options.betas[1]),
         )
         self.order = data.Order(
             lambda epoch: self.task.examples("train", epoch),

@@ -35,6 +35,16 @@ ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_
             ValueError,
             "original_max_positions: expected at least 1, got 0",
         ),
+        (
+            {"rope_scaling": ROPE},
+            ValueError,
+            "rope_scaling: expected None with positions='learned'",
+        ),
+        (
+            {"positions": "rotary", "d_model": 30, "num_heads": 2},
+            ValueError,
+            "head_dim: expected an even number with rotary positions, got 15",
+        ),
         ({"rope_scaling": {"kind": "yarn"}}, TypeError, "kind: not of RopeScaling"),
     ],
 )
@@ -44,6 +54,7 @@ def test_a_wrong_kind_is_named(fields, error, message):
 
 
 def test_a_whole_number_is_a_float():
-    config = models.DecoderConfig(**DECODER, dropout=0, softcap=30, rope_scaling=ROPE)
+    rotary = dict(positions="rotary", rope_scaling=ROPE)
+    config = models.DecoderConfig(**DECODER, dropout=0, softcap=30, **rotary)
     assert config.changed() == config
     assert config.rope_scaling == models.RopeScaling(**ROPE)

@@ -40,6 +40,34 @@ def test_parameters(name):
         assert CLASSES[type(config)](config).num_parameters == PARAMETERS[name]
 
 
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("transformer-big", dict(dropout=0.3, attention_dropout=0.0, activation="relu")),
+        ("t5-small", dict(dropout=0.1, norm_eps=1e-6, max_positions=1 << 20)),
+        ("gpt2", dict(max_positions=1024, norm_eps=1e-5, activation="gelu_tanh")),
+        ("llama-3-8b", dict(norm_eps=1e-5, rope_theta=5e5, dropout=0.0)),
+        ("mistral-7b", dict(norm_eps=1e-5, rope_theta=1e4, window=4096)),
+        ("qwen2-0.5b", dict(qkv_bias=True, norm_eps=1e-6, tie_embeddings=True)),
+        ("bert-base", dict(norm_eps=1e-12, max_positions=512, types=2, activation="gelu")),
+        ("vit-base-16", dict(dropout=0.1, attention_dropout=0.0, norm_eps=1e-6)),
+        ("vit-tiny-16", dict(dropout=0.0, attention_dropout=0.0, norm_eps=1e-6)),
+    ],
+)
+def test_options(name, fields):
+    config = models.preset(name)
+    assert {key: getattr(config, key) for key in fields} == fields
+
+
+def test_scores_begin_alike_with_any_scale():
+    for scale in (None, 1.0):
+        model = models.Transformer(models.preset("t5-small", num_layers=1, softmax_scale=scale))
+        for stack in (model.encoder, model.decoder):
+            q, k, _ = stack.layers[0].self_attn._project(torch.randn(1, 64, 512))
+            scores = q @ k.mT * (scale or 64**-0.5)
+            assert 0.4 < scores.std() < 0.6
+
+
 def test_hugging_face_has_as_many():
     transformers = pytest.importorskip("transformers")
     sizes = {

@@ -47,7 +47,7 @@ def files(tmp_path):
         }.get(task, _words)
         if task == "question-answering":
             suffix = ".jsonl"
-        suffix = suffix or (".tsv" if "t" in form(0) and "\t" in form(0) else ".txt")
+        suffix = suffix or (".tsv" if "\t" in form(0) else ".txt")
         found = {}
         for name, count in (("train", 40), ("held_out", 12)):
             path = tmp_path / f"{name}{suffix}"

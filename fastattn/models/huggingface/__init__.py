@@ -41,6 +41,7 @@ def from_huggingface(
         FileNotFoundError: a file is missing.
         ValueError: the model has what ours has not, a file is damaged, or a weight is missing,
             unknown or of another shape; the message names it.
+        TypeError: a setting is of the wrong kind, or `fields` has an unknown one.
         ModuleNotFoundError: safetensors is missing.
     """
     from fastattn.models.files import read_folder, read_json
