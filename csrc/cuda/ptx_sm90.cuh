@@ -43,17 +43,55 @@ FASTATTN_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
         : "memory");
 }
 
-// Blocks of a cluster: this one's number, and a barrier of all their threads. mbarrier_arrive_at
-// arrives at what block `rank` has at the address of `barrier`; it tells that block of what wgmma
-// and the copy engine have done, but of no ordinary stores: that would cost a fence of the device.
+// Blocks of a cluster: this one's number, how many there are, and a barrier of all their threads,
+// also in its halves: what a thread stored before its arrive, others see after their wait.
 FASTATTN_DEVICE int cluster_rank() {
     int rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-FASTATTN_DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+FASTATTN_DEVICE int cluster_size() {
+    int size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
 }
+FASTATTN_DEVICE void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+FASTATTN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+FASTATTN_DEVICE void cluster_barrier() { cluster_arrive(), cluster_wait(); }
+
+// st_shared of 4 or 8 bytes to what block `rank` has at the address. It must have begun, and must
+// not end before: a cluster barrier comes before and after.
+template <class T>
+FASTATTN_DEVICE void st_shared_at(SharedAddress to, T value, int rank) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    union {
+        T value;
+        uint32_t words[sizeof(T) / 4];
+    } u{value};
+    if constexpr (sizeof(T) == 4)
+        asm volatile(
+            "{\n"
+            ".reg .b32 there;\n"
+            "mapa.shared::cluster.u32 there, %0, %1;\n"
+            "st.shared::cluster.b32 [there], %2;\n"
+            "}\n" ::"r"(to),
+            "r"(rank), "r"(u.words[0])
+            : "memory");
+    else
+        asm volatile(
+            "{\n"
+            ".reg .b32 there;\n"
+            "mapa.shared::cluster.u32 there, %0, %1;\n"
+            "st.shared::cluster.v2.b32 [there], {%2, %3};\n"
+            "}\n" ::"r"(to),
+            "r"(rank), "r"(u.words[0]), "r"(u.words[1])
+            : "memory");
+}
+
+// Arrives at what block `rank` has at the address of `barrier`. It tells that block of what wgmma
+// and the copy engine have done, but of no ordinary stores: that would cost a fence of the device.
 FASTATTN_DEVICE void mbarrier_arrive_at(SharedAddress barrier, int rank) {
     asm volatile(
         "{\n"
