@@ -62,9 +62,9 @@ struct OutgoingCopies {
 };
 
 struct CopyEngine {
-    OutgoingCopies of_thread[kMaxThreads];
+    std::vector<OutgoingCopies> of_thread;
 
-    CopyEngine() {
+    CopyEngine() : of_thread(block().threads()) {
         block().at_end([this] {
             for (int t = 0; t < block().threads(); ++t) end(t, of_thread[t]);
         });
@@ -139,6 +139,12 @@ void copy_box(SharedAddress to, const cuda::TensorMap& map, SharedAddress barrie
 SharedAddress address_in(int rank, SharedAddress address, const char* instruction, Site site) {
     block().require_block(rank, instruction, site);
     return address % kSharedWindow + rank * kSharedWindow;
+}
+
+SharedAddress reach(int rank, SharedAddress address, const char* instruction, Site site) {
+    const SharedAddress there = address_in(rank, address, instruction, site);
+    block().keep_block(rank, instruction, site);
+    return there;
 }
 
 void tma_load(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
