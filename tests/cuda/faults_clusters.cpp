@@ -81,6 +81,114 @@ void cluster_barrier_of_one_block(const TensorMap&, float*) {
     if (!fault || cluster_rank() == 0) cluster_barrier();
 }
 
+// Stores to another block, by the first thread of each, or of the first alone.
+bool first_of_each() { return threadIdx.x == 0; }
+bool first_of_all() { return threadIdx.x == 0 && cluster_rank() == 0; }
+bool first_of_last() { return threadIdx.x == 0 && cluster_rank() == kBlocks - 1; }
+
+template <bool fault>
+void store_beyond_the_cluster(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_each()) st_shared_at(word(0), 1.0f, fault ? kBlocks : 1 - cluster_rank());
+    cluster_barrier();
+}
+
+template <bool fault>
+void store_beyond_the_shared_memory_of_another(const TensorMap&, float*) {
+    cluster_barrier();
+    const SharedAddress end = dynamic_shared() + kShared;
+    if (first_of_each()) st_shared_at(end - (fault ? 0 : 4), 1.0f, 1 - cluster_rank());
+    cluster_barrier();
+}
+
+template <bool fault>
+void store_misaligned_to_another(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_each()) st_shared_at(word(fault ? 1 : 2), float2{1.0f, 2.0f}, 1 - cluster_rank());
+    cluster_barrier();
+}
+
+template <bool fault>
+void store_to_a_block_that_may_not_have_begun(const TensorMap&, float*) {
+    fault ? barrier() : cluster_barrier();
+    if (first_of_last()) st_shared_at(word(0), 1.0f, 0);
+    cluster_barrier();
+}
+
+template <bool fault>
+void store_to_a_block_that_may_have_exited(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_all()) st_shared_at(word(0), 1.0f, 1);
+    if (!fault) cluster_barrier();
+}
+
+template <bool fault>
+void store_to_an_exited_block(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_last()) st_shared_at(word(0), 1.0f, 0);
+    if (!fault) cluster_barrier();
+}
+
+template <bool fault>
+void store_of_another_read_without_barrier(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_all()) st_shared_at(word(0), 1.0f, 1);
+    fault ? barrier() : cluster_barrier();
+    if (first_of_last()) ld_shared<float>(word(0));
+    if (fault) cluster_barrier();
+}
+
+template <bool fault>
+void store_of_another_read_before_the_wait(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_all()) st_shared_at(word(0), 1.0f, 1);
+    cluster_arrive();
+    if (fault && first_of_last()) ld_shared<float>(word(0));
+    cluster_wait();
+    if (!fault && first_of_last()) ld_shared<float>(word(0));
+}
+
+template <bool fault>
+void store_to_another_after_the_arrival(const TensorMap&, float*) {
+    cluster_barrier();
+    if (!fault && first_of_all()) st_shared_at(word(0), 1.0f, 1);
+    cluster_arrive();
+    if (fault && first_of_all()) st_shared_at(word(0), 1.0f, 1);
+    cluster_wait();
+    if (first_of_last()) ld_shared<float>(word(0));
+    cluster_barrier();
+}
+
+template <bool fault>
+void store_over_what_another_reads(const TensorMap&, float*) {
+    if (first_of_all()) st_shared(word(0), 1.0f);
+    cluster_barrier();
+    if (first_of_all()) ld_shared<float>(word(0));
+    fault ? barrier() : cluster_barrier();
+    if (first_of_last()) st_shared_at(word(0), 1.0f, 0);
+    cluster_barrier();
+}
+
+template <bool fault>
+void stores_of_two_blocks_to_one_word(const TensorMap&, float*) {
+    cluster_barrier();
+    if (first_of_each()) st_shared_at(word(fault ? 0 : cluster_rank()), 1.0f, 0);
+    cluster_barrier();
+}
+
+template <bool fault>
+void cluster_wait_without_arrival(const TensorMap&, float*) {
+    if (!fault || threadIdx.x != 40) cluster_arrive();
+    cluster_wait();
+}
+
+template <bool fault>
+void cluster_arrival_twice(const TensorMap&, float*) {
+    cluster_arrive();
+    if (fault && threadIdx.x == 40) cluster_arrive();
+    cluster_wait();
+}
+
 #define FASTATTN_CASE(name) #name, name<false>, name<true>, 256, kBlocks
 constexpr Case kCases[] = {
     {FASTATTN_CASE(multicast_before_others_read)},
@@ -89,6 +197,19 @@ constexpr Case kCases[] = {
     {FASTATTN_CASE(arrival_at_an_exited_block)},
     {FASTATTN_CASE(arrival_beyond_the_cluster)},
     {FASTATTN_CASE(cluster_barrier_of_one_block)},
+    {FASTATTN_CASE(store_beyond_the_cluster)},
+    {FASTATTN_CASE(store_beyond_the_shared_memory_of_another)},
+    {FASTATTN_CASE(store_misaligned_to_another)},
+    {FASTATTN_CASE(store_to_a_block_that_may_not_have_begun)},
+    {FASTATTN_CASE(store_to_a_block_that_may_have_exited)},
+    {FASTATTN_CASE(store_to_an_exited_block)},
+    {FASTATTN_CASE(store_of_another_read_without_barrier)},
+    {FASTATTN_CASE(store_of_another_read_before_the_wait)},
+    {FASTATTN_CASE(store_to_another_after_the_arrival)},
+    {FASTATTN_CASE(store_over_what_another_reads)},
+    {FASTATTN_CASE(stores_of_two_blocks_to_one_word)},
+    {FASTATTN_CASE(cluster_wait_without_arrival)},
+    {FASTATTN_CASE(cluster_arrival_twice)},
 };
 #undef FASTATTN_CASE
 
