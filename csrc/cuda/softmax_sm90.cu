@@ -1,8 +1,6 @@
 // Softmax of long rows on sm_90: a row is a cluster's, each of whose blocks keeps a part of it in
-// registers. Global memory is read and written once; what warps have found in their parts they tell
-// every block through distributed shared memory, in one exchange.
-#include <algorithm>
-
+// registers, so that global memory is read and written once. What its warps have found, each tells
+// every block through distributed shared memory: one exchange a row, and no barrier of a block.
 #include "cuda/launch.cuh"
 #include "cuda/ptx_sm90.cuh"
 #include "cuda/softmax.cuh"
@@ -11,8 +9,7 @@ namespace fastattn::cuda {
 namespace {
 
 constexpr int kPerThread = 16;
-// Rows that a block of kMaxThreads takes alone are left to it; a cluster of more than 8 blocks may
-// find no room on the chip.
+// Shorter rows are one block's. Clusters of more than 8 blocks are not portable.
 constexpr int kShortest = kMaxThreads * kPerThread + 1, kMaxBlocks = 8, kMaxBlockThreads = 1024;
 constexpr int kLongest = kMaxBlocks * kMaxBlockThreads * kPerThread;
 
@@ -59,11 +56,11 @@ __global__ void __launch_bounds__(L::kThreads)
     const float largest = reduce_lanes<32>(maximum_of(scores, -kInfinity), Maximum());
     const float sum = sum_of_exponentials<T>(scores, finite_maximum(largest), 0.0f);
 
-    const Exchange<float2> warps;
-    warps.tell({largest, reduce_lanes<32>(sum, Sum())});
+    const Exchange<float2> exchange;
+    exchange.tell({largest, reduce_lanes<32>(sum, Sum())});
     const float row_max =
-        finite_maximum(warps.over_all([](float2 one) { return one.x; }, -kInfinity, Maximum()));
-    const float row_sum = warps.over_all(
+        finite_maximum(exchange.over_all([](float2 one) { return one.x; }, -kInfinity, Maximum()));
+    const float row_sum = exchange.over_all(
         [&](float2 one) { return one.y * exponential<T>(one.x - row_max); }, 0.0f, Sum());
     store_weights<T, L, kFeatured>(a, seed, source, first, scores, Normalizer(row_max, row_sum));
 }
@@ -78,13 +75,14 @@ __global__ void __launch_bounds__(L::kThreads)
     float p[L::kVectors][L::kVector], dout[L::kVectors][L::kVector];
     load_gradient<T, L, kFeatured>(a, seed, row, dout_at, first, p, dout);
 
-    const Exchange<float> warps;
-    warps.tell(reduce_lanes<32>(delta_of<L>(a, p, dout, 0.0f), Sum()));
-    const float delta = warps.over_all([](float one) { return one; }, 0.0f, Sum());
+    const Exchange<float> exchange;
+    exchange.tell(reduce_lanes<32>(delta_of<L>(a, p, dout, 0.0f), Sum()));
+    const float delta = exchange.over_all([](float one) { return one; }, 0.0f, Sum());
     store_gradient<T, L, kFeatured>(a, row, first, p, dout, delta);
 }
 
-// Two to eight blocks a row, as few as keep two of them on a processor; of the longest rows one.
+// As few blocks as take the row in kMaxThreads each, two of which fit on a multiprocessor, so that
+// one loads while the other waits for its cluster; of the longest rows 8 of up to kMaxBlockThreads.
 template <class Kernel, class Args>
 void launch_rows(Kernel kernel, const Args& a) {
     int blocks = 2;
