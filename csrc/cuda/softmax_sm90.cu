@@ -18,19 +18,30 @@ struct ClusterLayout : Layout<kWholeBlock, kPerThread, vector, false> {
     static constexpr int kThreads = kMaxBlockThreads;
 };
 
-// What the warps of a cluster tell each other, in the shared memory of every block: a T of each.
+// What the warps of a cluster tell each other, in the shared memory of every block: a T of each,
+// and an mbarrier that counts their bytes.
 template <class T>
 struct Exchange {
     int warps = blockDim.x / 32, lane = threadIdx.x % 32, blocks = cluster_size();
 
-    static FASTATTN_DEVICE SharedAddress slot(int i) { return dynamic_shared() + sizeof(T) * i; }
+    static FASTATTN_DEVICE SharedAddress told() { return dynamic_shared(); }
+    static FASTATTN_DEVICE SharedAddress slot(int i) { return told() + 8 + sizeof(T) * i; }
 
-    // `mine` of this warp to all blocks. They must have begun: cluster_arrive() comes first.
+    FASTATTN_DEVICE Exchange() {
+        if (threadIdx.x == 0) {
+            mbarrier_init(told(), 1);
+            fence_mbarrier_init();
+        }
+        cluster_arrive();
+    }
+    // `mine` of this warp to all blocks, and theirs to this one. No block exits before it has all
+    // that is sent to it.
     FASTATTN_DEVICE void tell(T mine) const {
         cluster_wait();
+        if (threadIdx.x == 0) mbarrier_arrive_expect(told(), sizeof(T) * blocks * warps);
         if (lane < blocks)
-            st_shared_at(slot(cluster_rank() * warps + threadIdx.x / 32), mine, lane);
-        cluster_barrier();
+            st_async_at(slot(cluster_rank() * warps + threadIdx.x / 32), mine, told(), lane);
+        mbarrier_wait(told(), 0);
     }
     // Every warp combines value_of what all have told.
     template <class F, class Combine>
@@ -45,7 +56,7 @@ struct Exchange {
 template <class T, class L, bool kFeatured>
 __global__ void __launch_bounds__(L::kThreads)
     softmax_fwd_sm90_kernel(const __grid_constant__ SoftmaxFwdArgs a) {
-    cluster_arrive();
+    const Exchange<float2> exchange;
     const uint64_t seed = kFeatured && a.seed ? ld_global(a.seed) : 0;
     const Scores<T, L::kVector, kFeatured> source(a, blockIdx.x / cluster_size());
     const int first = cluster_rank() * L::columns_at_once();
@@ -56,7 +67,6 @@ __global__ void __launch_bounds__(L::kThreads)
     const float largest = reduce_lanes<32>(maximum_of(scores, -kInfinity), Maximum());
     const float sum = sum_of_exponentials<T>(scores, finite_maximum(largest), 0.0f);
 
-    const Exchange<float2> exchange;
     exchange.tell({largest, reduce_lanes<32>(sum, Sum())});
     const float row_max =
         finite_maximum(exchange.over_all([](float2 one) { return one.x; }, -kInfinity, Maximum()));
@@ -68,14 +78,13 @@ __global__ void __launch_bounds__(L::kThreads)
 template <class T, class L, bool kFeatured>
 __global__ void __launch_bounds__(L::kThreads)
     softmax_bwd_sm90_kernel(const __grid_constant__ SoftmaxBwdArgs a) {
-    cluster_arrive();
+    const Exchange<float> exchange;
     const uint64_t seed = kFeatured && a.seed ? ld_global(a.seed) : 0;
     const int64_t row = blockIdx.x / cluster_size(), dout_at = row_begin(a, a.dout, row);
     const int first = cluster_rank() * L::columns_at_once();
     float p[L::kVectors][L::kVector], dout[L::kVectors][L::kVector];
     load_gradient<T, L, kFeatured>(a, seed, row, dout_at, first, p, dout);
 
-    const Exchange<float> exchange;
     exchange.tell(reduce_lanes<32>(delta_of<L>(a, p, dout, 0.0f), Sum()));
     const float delta = exchange.over_all([](float one) { return one; }, 0.0f, Sum());
     store_gradient<T, L, kFeatured>(a, row, first, p, dout, delta);
@@ -89,7 +98,7 @@ void launch_rows(Kernel kernel, const Args& a) {
     while (blocks < kMaxBlocks && a.columns > blocks * kMaxThreads * kPerThread) blocks *= 2;
     const int of_warp = 32 * kPerThread * blocks, warps = (a.columns + of_warp - 1) / of_warp;
     launch_clusters(blocks, kernel, grid_of(a.rows * blocks), 32 * warps,
-                    sizeof(float2) * warps * blocks, a.stream, a);
+                    8 + sizeof(float2) * warps * blocks, a.stream, a);
 }
 
 }  // namespace

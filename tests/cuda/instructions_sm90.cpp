@@ -238,14 +238,19 @@ __global__ void stmatrix_kernel(const uint4* d, uint4* matrices) {
 // What each block of a cluster is told by each: its rank, and with it the number of blocks.
 __global__ void clusters_kernel(int* words, int2* pairs) {
     const int rank = cluster_rank(), blocks = cluster_size(), other = threadIdx.x;
-    const SharedAddress ranks = dynamic_shared(), sizes = ranks + 64;
-    cluster_barrier();
-    if (other < blocks) {
-        st_shared_at(ranks + 4 * rank, rank, other);
-        st_shared_at(sizes + 8 * rank, int2{rank, blocks}, other);
+    const SharedAddress told = dynamic_shared(), ranks = told + 32, sizes = told + 64;
+    if (threadIdx.x == 0) {
+        mbarrier_init(told, 1);
+        fence_mbarrier_init();
     }
     cluster_arrive();
     cluster_wait();
+    if (threadIdx.x == 0) mbarrier_arrive_expect(told, 12 * blocks);
+    if (other < blocks) {
+        st_async_at(ranks + 4 * rank, rank, told, other);
+        st_async_at(sizes + 8 * rank, int2{rank, blocks}, told, other);
+    }
+    mbarrier_wait(told, 0);
     if (other >= blocks) return;
     st_global(words + blockIdx.x * blocks + other, ld_shared<int>(ranks + 4 * other));
     st_global(pairs + blockIdx.x * blocks + other, ld_shared<int2>(sizes + 8 * other));

@@ -51,6 +51,7 @@ void Block::run(int blocks, int threads, size_t shared, void (*body)(const void*
     polls_ = 0;
     fault_ = nullptr;
     clocks_.start(threads_);
+    begin_ = clocks_.new_agent("the cluster");
     shared_.start(shared, blocks);
     checks_.clear();
     states_.clear();
@@ -92,14 +93,15 @@ void Block::require_block(int rank, const char* instruction, Site site) const {
         fail(std::string(instruction) + ": block " + std::to_string(rank) +
                  " of the cluster has exited",
              site);
-    if (rank != this->rank() && !block_known(rank))
+    if (rank != this->rank() && !has_begun(rank))
         fail(std::string(instruction) + ": block " + std::to_string(rank) +
                  " of the cluster may not have begun: no barrier of the cluster comes before this",
              site);
 }
 
-// Whether this thread has learned anything of that block's threads.
-bool Block::block_known(int rank) const {
+// Whether this thread has met all, or has learned anything of that block's threads.
+bool Block::has_begun(int rank) const {
+    if (clocks_.knows(current_, begin_, clocks_.now(begin_))) return true;
     for (int t = rank * block_threads_; t < (rank + 1) * block_threads_; ++t)
         if (clocks_.knows(current_, t, clocks_.beginning() + 1)) return true;
     return false;
@@ -237,14 +239,18 @@ void Block::complete(Barrier& barrier, const char* instruction, Site site) {
     for (uint32_t& lanes : barrier.lanes) lanes = 0;
 }
 
-void Block::cluster_arrive(const char* instruction, Site site) {
+void Block::cluster_arrive(const char* instruction, Site site, const VectorClock* told) {
     if (cluster_.open[current_] != 0)
         fail(std::string(instruction) + ": no cluster_wait since this thread's last arrival", site);
     cluster_.open[current_] = cluster_.phase + 1;
-    clocks_.release(current_, cluster_.arriving);
+    if (told)
+        cluster_.arriving.join(*told);
+    else
+        clocks_.release(current_, cluster_.arriving);
     if (++cluster_.arrived < threads_) return;
     cluster_.arrived = 0;
     cluster_.ended = std::exchange(cluster_.arriving, {});
+    cluster_.ended.learn(begin_, clocks_.now(begin_));
     ++cluster_.phase;
     for (const int t : std::exchange(cluster_.waiting, {})) wake(t);
     polls_ = 0;

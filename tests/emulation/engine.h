@@ -56,8 +56,8 @@ class Block {
     int threads() const { return threads_; }
     int block_threads() const { return block_threads_; }
     int blocks() const { return threads_ / block_threads_; }
-    // Block `rank` of the cluster must be there to be reached, and must stay until this thread has
-    // done so.
+    // Block `rank` of the cluster must be there to be reached, and must stay until what this thread
+    // does there is done.
     void require_block(int rank, const char* instruction, Site site) const;
     void keep_block(int rank, const char* instruction, Site site);
 
@@ -113,8 +113,9 @@ class Block {
     void barrier(const char* instruction, Site site) {
         barrier(0, block_threads_, true, instruction, site);
     }
-    // The two halves of the barrier of the cluster's threads.
-    void cluster_arrive(const char* instruction, Site site);
+    // The two halves of the barrier of the cluster's threads. It tells the others all that the
+    // thread knows and has done, or `told` alone.
+    void cluster_arrive(const char* instruction, Site site, const VectorClock* told = nullptr);
     void cluster_wait(const char* instruction, Site site);
     void warp_sync(Site site);
 
@@ -183,7 +184,7 @@ class Block {
     void switch_to_next();
     bool find_ready();
     void ask_waiting();
-    bool block_known(int rank) const;
+    bool has_begun(int rank) const;
     void check_reaches();
     void exit();
     std::string what_it_waits_for(int thread) const;
@@ -194,6 +195,7 @@ class Block {
     static constexpr int kBarriers = 16;  // of each block
 
     int threads_ = 0, block_threads_ = 1, current_ = 0, polls_ = 0;
+    int begin_ = 0;  // the stream of the blocks' begin, which the cluster's barrier tells of
     int left_[kMaxCluster] = {};  // threads of each block that have not exited
     unsigned first_block_ = 0;
     uint32_t ready_[kMaxThreads / kWarp] = {};  // by warp, a bit a lane
