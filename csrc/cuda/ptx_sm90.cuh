@@ -43,17 +43,62 @@ FASTATTN_DEVICE void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
         : "memory");
 }
 
-// Blocks of a cluster: this one's number, and a barrier of all their threads. mbarrier_arrive_at
-// arrives at what block `rank` has at the address of `barrier`; it tells that block of what wgmma
-// and the copy engine have done, but of no ordinary stores: that would cost a fence of the device.
+// Blocks of a cluster: this one's number, how many there are, and a barrier of all their threads.
 FASTATTN_DEVICE int cluster_rank() {
     int rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+FASTATTN_DEVICE int cluster_size() {
+    int size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
 FASTATTN_DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// The barrier in halves, without the fence of the device that release costs: it tells that all
+// blocks have begun, and of their mbarriers after fence_mbarrier_init, but of no stores.
+FASTATTN_DEVICE void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+FASTATTN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Stores 4 or 8 bytes, asynchronously, to what block `rank` has at the address, and has them count
+// at the mbarrier that it has at the address of `barrier`.
+template <class T>
+FASTATTN_DEVICE void st_async_at(SharedAddress to, T value, SharedAddress barrier, int rank) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    union {
+        T value;
+        uint32_t words[sizeof(T) / 4];
+    } u{value};
+    if constexpr (sizeof(T) == 4)
+        asm volatile(
+            "{\n"
+            ".reg .b32 there, counting;\n"
+            "mapa.shared::cluster.u32 there, %0, %2;\n"
+            "mapa.shared::cluster.u32 counting, %1, %2;\n"
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, "
+            "[counting];\n"
+            "}\n" ::"r"(to),
+            "r"(barrier), "r"(rank), "r"(u.words[0])
+            : "memory");
+    else
+        asm volatile(
+            "{\n"
+            ".reg .b32 there, counting;\n"
+            "mapa.shared::cluster.u32 there, %0, %2;\n"
+            "mapa.shared::cluster.u32 counting, %1, %2;\n"
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], "
+            "{%3, %4}, [counting];\n"
+            "}\n" ::"r"(to),
+            "r"(barrier), "r"(rank), "r"(u.words[0]), "r"(u.words[1])
+            : "memory");
+}
+
+// Arrives at what block `rank` has at the address of `barrier`. It tells that block of what wgmma
+// and the copy engine have done, but of no ordinary stores: that would cost a fence of the device.
 FASTATTN_DEVICE void mbarrier_arrive_at(SharedAddress barrier, int rank) {
     asm volatile(
         "{\n"

@@ -47,4 +47,9 @@ struct SoftmaxBwdArgs : SoftmaxArgs {
 void softmax_fwd(const SoftmaxFwdArgs& args);
 void softmax_bwd(const SoftmaxBwdArgs& args);
 
+// The kernels for one architecture; the functions above choose.
+bool softmax_sm90_takes(const SoftmaxArgs& args);
+void softmax_fwd_sm90(const SoftmaxFwdArgs& args);
+void softmax_bwd_sm90(const SoftmaxBwdArgs& args);
+
 }  // namespace fastattn::cuda

@@ -235,6 +235,27 @@ __global__ void stmatrix_kernel(const uint4* d, uint4* matrices) {
     st_global(matrices + threadIdx.x, ld_shared<uint4>(row));
 }
 
+// What each block of a cluster is told by each: its rank, and with it the number of blocks.
+__global__ void clusters_kernel(int* words, int2* pairs) {
+    const int rank = cluster_rank(), blocks = cluster_size(), other = threadIdx.x;
+    const SharedAddress told = dynamic_shared(), ranks = told + 32, sizes = told + 64;
+    if (threadIdx.x == 0) {
+        mbarrier_init(told, 1);
+        fence_mbarrier_init();
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (threadIdx.x == 0) mbarrier_arrive_expect(told, 12 * blocks);
+    if (other < blocks) {
+        st_async_at(ranks + 4 * rank, rank, told, other);
+        st_async_at(sizes + 8 * rank, int2{rank, blocks}, told, other);
+    }
+    mbarrier_wait(told, 0);
+    if (other >= blocks) return;
+    st_global(words + blockIdx.x * blocks + other, ld_shared<int>(ranks + 4 * other));
+    st_global(pairs + blockIdx.x * blocks + other, ld_shared<int2>(sizes + 8 * other));
+}
+
 }  // namespace
 
 // What is reported of run(): nothing if all is well. Until the next call.
@@ -292,6 +313,12 @@ FASTATTN_EXPORT const char* run_bulk(const float* from, float* sums) {
 }
 FASTATTN_EXPORT const char* run_stmatrix(const uint4* d, uint4* matrices) {
     return report_of([&] { launch(stmatrix_kernel, 1, 32, 512, nullptr, d, matrices); });
+}
+FASTATTN_EXPORT const char* run_clusters(int blocks, int clusters, int* words, int2* pairs) {
+    return report_of([&] {
+        launch_clusters(blocks, clusters_kernel, unsigned(blocks * clusters), 64, 128, nullptr,
+                        words, pairs);
+    });
 }
 // Where the emulation looks for the chunk of an operand that holds element (mn, k).
 FASTATTN_EXPORT uint32_t operand_chunk(uint64_t descriptor, bool mn_major, int extent, int mn,

@@ -20,11 +20,12 @@ RACE = r"with no barrier in between: a race"
 LOADING = r"may still be writing: a wait, or a barrier after it, is missing"
 READING = r"may still be reading: a wait, or a barrier after it, is missing"
 UNFENCED = r"without fence_proxy_async before the barrier"
+NOT_BEGUN = r"of the cluster may not have begun: no barrier of the cluster comes before"
 
 # What is said of each fault, behind "kernel of report_of (...), block (0, 0, 0)".
 FAULTS_OF_COPIES = {
     "mbarrier_without_init": r"mbarrier_arrive: the mbarrier at byte 16 has not been initialised",
-    "mbarrier_init_without_barrier": rf"mbarrier_arrive reads byte 0 .* thread 0 wrote .* {RACE}",
+    "mbarrier_init_without_barrier": rf"mbarrier_arrive reads byte 0 .* of thread 0 .* {LOADING}",
     "mbarrier_init_without_fence": r"thread 32: tma_load_4d: no fence_mbarrier_init and barrier "
     r"between the mbarrier_init of the mbarrier at byte 0 and this",
     "mbarrier_fence_after_barrier": r"thread 32: tma_load_4d: no fence_mbarrier_init and barrier",
@@ -98,11 +99,32 @@ FAULTS_OF_CLUSTERS = {
     "multicast_before_others_read": rf"tma_multicast_4d writes .* {RACE}|{LOADING}",
     "multicast_of_others_not_announced": r"deadlock; .*at mbarrier_wait of parity 0 at the "
     r"mbarrier at byte 0 \(phase 0: 0 of 1 arrivals and -8192 bytes missing\)",
-    "arrival_at_what_is_not_there": rf"mbarrier_arrive_at: .* not been initialised|{RACE}",
+    "arrival_at_what_is_not_there": rf"mbarrier_arrive_at: block 1 {NOT_BEGUN}",
     "arrival_at_an_exited_block": r"mbarrier_arrive_at: block 1 of the cluster has exited",
     "arrival_beyond_the_cluster": r"mbarrier_arrive_at: the cluster has no block 2",
     "cluster_barrier_of_one_block": r"deadlock; at cluster_barrier, where 256 of 512 came "
     r"\(.*\): threads 0-255; exited: threads 256-511",
+    "arrival_at_a_block_that_may_not_have_begun": rf"mbarrier_arrive_at: block 1 {NOT_BEGUN}",
+    "arrival_at_a_block_that_may_have_exited": r"block \(0, 0, 0\), thread 0: mbarrier_arrive_at: "
+    r"block 1 of the cluster may have exited: it waits for no barrier that comes after this",
+    "store_beyond_the_cluster": r"st_async_at: the cluster has no block 2",
+    "store_beyond_the_shared_memory_of_another": r"st_async_at of 4 bytes at byte 33792 of shared "
+    r"memory is out of bounds",
+    "store_misaligned_to_another": r"st_async_at of 8 bytes at byte 1028 .* is misaligned",
+    "store_to_a_block_that_may_not_have_begun": rf"st_async_at: block 1 {NOT_BEGUN}",
+    "mbarrier_init_not_fenced_before_the_arrival": r"mbarrier_wait reads byte 0 of shared memory, "
+    rf"which mbarrier_init of thread \d+ \(.*\) {LOADING}",
+    "store_not_told_by_a_relaxed_arrival": rf"ld_shared reads byte 1024 .* thread 0 .* {RACE}",
+    "store_to_a_block_that_waits_for_none": r"thread 0: st_async_at: still in flight when the "
+    r"block ends, nobody has waited for the mbarrier at byte 0",
+    "store_to_an_exited_block": r"thread 256: st_async_at: block 0 of the cluster has exited",
+    "store_of_another_read_without_wait": rf"ld_shared reads byte 1024 .* {LOADING}",
+    "store_over_what_another_reads": rf"st_async_at writes byte 1184 .* thread 296 reads {RACE}",
+    "stores_of_two_blocks_to_one_word": rf"st_async_at writes byte 1024 .* {LOADING}",
+    "store_of_another_not_announced": r"deadlock; at mbarrier_wait of parity 0 at the mbarrier at "
+    r"byte 0 \(phase 0: 0 of 1 arrivals and -4 bytes missing\)",
+    "cluster_wait_without_arrival": r"thread 40: cluster_wait: this thread has not arrived",
+    "cluster_arrival_twice": r"thread 40: cluster_arrive: no cluster_wait since this thread's",
 }
 
 
@@ -181,7 +203,7 @@ def tiled(x: torch.Tensor, box: tuple[int, ...], swizzle: bool) -> Tiled:
 @pytest.fixture(scope="module")
 def instructions() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build("instructions_sm90", [HERE / "instructions_sm90.cpp"])))
-    for name in ("product", "pipeline", "load", "store", "bulk", "stmatrix"):
+    for name in ("product", "pipeline", "load", "store", "bulk", "stmatrix", "clusters"):
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     library.operand_chunk.argtypes = [ctypes.c_uint64, ctypes.c_bool, *[ctypes.c_int] * 3]
     library.operand_chunk.restype = ctypes.c_uint32
@@ -387,3 +409,16 @@ def test_stmatrix(instructions):
     found = torch.empty_like(matrices)
     assert instructions.run_stmatrix(pointer(d), pointer(found)) == b""
     assert torch.equal(found, matrices)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_clusters(instructions, blocks):
+    """Each block is told the others' ranks by a word, and what they count of blocks by two."""
+    clusters = 2
+    words = torch.empty(clusters, blocks, blocks, dtype=torch.int32)
+    pairs = torch.empty(clusters, blocks, blocks, 2, dtype=torch.int32)
+    assert instructions.run_clusters(blocks, clusters, pointer(words), pointer(pairs)) == b""
+    ranks = torch.arange(blocks, dtype=torch.int32)
+    assert torch.equal(words, ranks.expand_as(words))
+    assert torch.equal(pairs[..., 0], ranks.expand_as(words))
+    assert pairs[..., 1].eq(blocks).all()

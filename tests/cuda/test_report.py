@@ -89,9 +89,11 @@ def test_what_ptxas_warns_of(line, faults):
 
 def test_every_file_has_its_targets():
     for source in report.CSRC.glob("cuda/*.cu"):
-        on_hopper = "wgmma.cuh" in source.read_text() or source.stem.endswith("_sm90")
+        of_sm90 = re.search(r"(wgmma|_sm90)\.cuh", source.read_text())
+        assert bool(of_sm90) == source.stem.endswith("_sm90"), source.stem
         suitable = [target for target in report.DEFAULT if report.suits(source, target)]
-        assert suitable == (["sm_90a"] if on_hopper else ["sm_80", "sm_90", "sm_100"]), source.stem
+        assert suitable == (["sm_90a"] if of_sm90 else ["sm_80", "sm_100"]), source.stem
+        assert report.suits(source, "sm_90") == (not of_sm90), "on request"
 
 
 def test_a_kernel_that_never_runs_is_empty():

@@ -9,7 +9,6 @@ void Clocks::start(int threads) {
     agents_.assign(threads, {"", beginning_ + 1, beginning_, true});
     generic_.assign(threads, {});
     known_.resize(std::max(known_.size(), size_t(threads)));
-    for (int t = 0; t < threads; ++t) known_[t].learn(t, now(t));
 }
 
 int Clocks::new_agent(std::string name, bool reads) {
@@ -31,11 +30,12 @@ void Clocks::synchronize(std::span<const int> threads, const VectorClock& arrive
     Time latest = 0;
     for (const int t : threads) {
         joined_.join(known_[t]);
+        joined_.learn(t, now(t));
         latest = std::max(latest, now(t));
     }
     for (const int t : threads) {
         known_[t] = joined_;
-        set_now(t, latest + 1);
+        agents_[t].now = latest + 1;
     }
 }
 
@@ -45,13 +45,13 @@ void Clocks::synchronize_all() {
         for (int a = threads_; a < agents(); ++a)
             agents_[a].floor = std::max(agents_[a].floor, known_[t][a]);
     }
-    for (int t = 0; t < threads_; ++t) set_now(t, floor_ + 1);
+    for (int t = 0; t < threads_; ++t) agents_[t].now = floor_ + 1;
 }
 
 void Clocks::fence_proxy_async(int thread) {
     show(thread, thread, now(thread));
     for (const int agent : generic_[thread]) show(thread, agent, known_[thread][agent]);
-    set_now(thread, now(thread) + 1);
+    ++agents_[thread].now;
 }
 
 void Clocks::show(int thread, int writer, Time until) {

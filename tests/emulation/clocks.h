@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -19,28 +20,52 @@ namespace fastattn::emulation {
 
 using Time = int32_t;
 
-// Of each agent, up to which time its accesses are known to have happened.
+// Of each agent, up to which time its accesses are known to have happened. Clocks that say the same
+// share it until one of them learns more: the threads of a large cluster have met at one barrier.
 class VectorClock {
   public:
-    Time operator[](int agent) const { return size_t(agent) < times_.size() ? times_[agent] : 0; }
+    Time operator[](int agent) const { return size_t(agent) < size() ? (*times_)[agent] : 0; }
 
     void learn(int agent, Time time) {
-        if (size_t(agent) >= times_.size()) times_.resize((agent + 32) / 32 * 32);
-        times_[agent] = std::max(times_[agent], time);
+        if ((*this)[agent] >= time) return;
+        std::vector<Time>& mine = own();
+        if (size_t(agent) >= mine.size()) mine.resize((agent + 32) / 32 * 32);
+        mine[agent] = time;
     }
 
     void join(const VectorClock& other) {
-        if (other.times_.size() > times_.size()) times_.resize(other.times_.size());
-        Time* mine = times_.data();
-        const Time* theirs = other.times_.data();
-        const size_t size = other.times_.size();
+        if (other.times_ == times_ || other.size() == 0) return;
+        if (covered_by(other)) {
+            times_ = other.times_;
+            return;
+        }
+        std::vector<Time>& all = own();
+        if (other.size() > all.size()) all.resize(other.size());
+        Time* mine = all.data();
+        const Time* theirs = other.times_->data();
+        const size_t size = other.size();
         for (size_t i = 0; i < size; ++i) mine[i] = mine[i] < theirs[i] ? theirs[i] : mine[i];
     }
 
-    void clear() { times_.clear(); }
+    void clear() { times_.reset(); }
 
   private:
-    std::vector<Time> times_;
+    size_t size() const { return times_ ? times_->size() : 0; }
+
+    bool covered_by(const VectorClock& other) const {
+        return size() <= other.size() &&
+               (size() == 0 || std::equal(times_->begin(), times_->end(), other.times_->begin(),
+                                          [](Time a, Time b) { return a <= b; }));
+    }
+
+    std::vector<Time>& own() {
+        if (!times_ || times_.use_count() > 1)
+            times_ = times_ ? std::make_shared<std::vector<Time>>(*times_)
+                            : std::make_shared<std::vector<Time>>();
+        return *times_;
+    }
+
+    std::shared_ptr<std::vector<Time>> times_;
 };
 
 // The clocks of one block's threads. Times grow from block to block, so that nothing has to be
@@ -58,7 +83,7 @@ class Clocks {
 
     Time now(int agent) const { return agents_[agent].now; }
     bool knows(int thread, int agent, Time time) const {
-        return time <= (agent < threads_ ? floor_ : agents_[agent].floor) ||
+        return agent == thread || time <= (agent < threads_ ? floor_ : agents_[agent].floor) ||
                time <= known_[thread][agent];
     }
 
@@ -77,7 +102,7 @@ class Clocks {
     // Whoever acquires `object` knows what the thread has done and known until now.
     void release(int thread, VectorClock& object) {
         object.join(known_[thread]);
-        set_now(thread, now(thread) + 1);
+        object.learn(thread, agents_[thread].now++);
     }
     void acquire(int thread, const VectorClock& object) { known_[thread].join(object); }
 
@@ -107,15 +132,10 @@ class Clocks {
 
     void show(int thread, int writer, Time until);
 
-    void set_now(int thread, Time time) {
-        agents_[thread].now = time;
-        known_[thread].learn(thread, time);
-    }
-
     int threads_ = 0;
     Time beginning_ = 0, floor_ = 0;
     std::vector<Agent> agents_;
-    std::vector<VectorClock> known_;         // of each thread
+    std::vector<VectorClock> known_;         // by each thread, of others than itself
     std::vector<std::vector<int>> generic_;  // of each thread, such agents but itself
     VectorClock joined_;
 };

@@ -51,11 +51,16 @@ void Block::run(int blocks, int threads, size_t shared, void (*body)(const void*
     polls_ = 0;
     fault_ = nullptr;
     clocks_.start(threads_);
+    begin_ = clocks_.new_agent("the cluster");
     shared_.start(shared, blocks);
     checks_.clear();
     states_.clear();
     for (Meeting& meeting : meetings_) meeting.arrived = 0;
-    for (Barrier& barrier : barriers_) barrier = {};
+    for (int b = 0; b < blocks; ++b)
+        for (Barrier& barrier : barriers_[b]) barrier = {};
+    cluster_ = {};
+    cluster_.open.resize(threads_);
+    reaches_.clear();
     for (int t = 0; t < threads_; ++t) waits_[t] = {}, exited_[t] = false;
     for (int w = 0; w < threads_ / kWarp; ++w) ready_[w] = ~0u;
     fibers_.start(threads_, thread_main);
@@ -65,6 +70,7 @@ void Block::run(int blocks, int threads, size_t shared, void (*body)(const void*
     find_ready();
     fibers_.enter(current_);
     if (fault_) std::rethrow_exception(std::exchange(fault_, nullptr));
+    check_reaches();
     for (const auto& check : checks_) check();
     blockIdx.x = first_block_;
 }
@@ -87,6 +93,40 @@ void Block::require_block(int rank, const char* instruction, Site site) const {
         fail(std::string(instruction) + ": block " + std::to_string(rank) +
                  " of the cluster has exited",
              site);
+    if (rank != this->rank() && !has_begun(rank))
+        fail(std::string(instruction) + ": block " + std::to_string(rank) +
+                 " of the cluster may not have begun: no barrier of the cluster comes before this",
+             site);
+}
+
+// Whether this thread has met all, or has learned anything of that block's threads.
+bool Block::has_begun(int rank) const {
+    if (clocks_.knows(current_, begin_, clocks_.now(begin_))) return true;
+    for (int t = rank * block_threads_; t < (rank + 1) * block_threads_; ++t)
+        if (clocks_.knows(current_, t, clocks_.beginning() + 1)) return true;
+    return false;
+}
+
+void Block::keep_block(int rank, const char* instruction, Site site) {
+    if (rank != this->rank())
+        reaches_[{rank, current_}] = {clocks_.now(current_), instruction, site};
+}
+
+// Of what a thread has done to another block, one of that block's threads must know when it exits:
+// whatever the order, the block was then still there.
+void Block::check_reaches() {
+    for (const auto& [who, reach] : reaches_) {
+        const auto& [rank, thread] = who;
+        bool known = false;
+        for (int t = rank * block_threads_; !known && t < (rank + 1) * block_threads_; ++t)
+            known = clocks_.knows(t, thread, reach.time);
+        if (known) continue;
+        blockIdx.x = first_block_ + thread / block_threads_;
+        fail(thread,
+             std::string(reach.instruction) + ": block " + std::to_string(rank) +
+                 " of the cluster may have exited: it waits for no barrier that comes after this",
+             reach.site);
+    }
 }
 
 void Block::exit() {
@@ -154,28 +194,19 @@ void Block::leave(int size) {
 }
 
 void Block::barrier(int number, int threads, bool waits, const char* instruction, Site site) {
-    if (number < 0 || number >= kBarriers)
-        fail("barrier " + std::to_string(number) + " is none of 0 to 15", site);
+    const std::string name = "barrier " + std::to_string(number);
+    if (number < 0 || number >= kBarriers) fail(name + " is none of 0 to 15", site);
     if (threads <= 0 || threads % kWarp != 0 || threads > block_threads_)
         fail("a barrier of " + std::to_string(threads) + " threads in a block of " +
                  std::to_string(block_threads_) + ": it wants a multiple of 32",
              site);
-    come(barriers_[kBarriers * rank() + number], threads, waits, instruction, site);
-}
-
-std::string Block::name_of(const Barrier& barrier) const {
-    const int64_t index = &barrier - barriers_;
-    return index == kClusterBarrier ? "the cluster's barrier"
-                                    : "barrier " + std::to_string(index % kBarriers);
-}
-
-void Block::come(Barrier& barrier, int threads, bool waits, const char* instruction, Site site) {
+    Barrier& barrier = barriers_[rank()][number];
     if (barrier.arrived != 0 && barrier.expected != threads)
-        fail(name_of(barrier) + " is met with " + std::to_string(threads) +
+        fail(name + " is met with " + std::to_string(threads) +
                  " threads, but others met it with " + std::to_string(barrier.expected),
              site);
-    uint32_t& lanes = barrier.lanes[current_ / kWarp];
-    if (lanes >> lane() & 1) fail(name_of(barrier) + " is met again before it was complete", site);
+    uint32_t& lanes = barrier.lanes[current_ % block_threads_ / kWarp];
+    if (lanes >> lane() & 1) fail(name + " is met again before it was complete", site);
     lanes |= 1u << lane();
     barrier.expected = threads;
     ++barrier.arrived;
@@ -208,6 +239,34 @@ void Block::complete(Barrier& barrier, const char* instruction, Site site) {
     for (uint32_t& lanes : barrier.lanes) lanes = 0;
 }
 
+void Block::cluster_arrive(const char* instruction, Site site, const VectorClock* told) {
+    if (cluster_.open[current_] != 0)
+        fail(std::string(instruction) + ": no cluster_wait since this thread's last arrival", site);
+    cluster_.open[current_] = cluster_.phase + 1;
+    if (told)
+        cluster_.arriving.join(*told);
+    else
+        clocks_.release(current_, cluster_.arriving);
+    if (++cluster_.arrived < threads_) return;
+    cluster_.arrived = 0;
+    cluster_.ended = std::exchange(cluster_.arriving, {});
+    cluster_.ended.learn(begin_, clocks_.now(begin_));
+    ++cluster_.phase;
+    for (const int t : std::exchange(cluster_.waiting, {})) wake(t);
+    polls_ = 0;
+}
+
+void Block::cluster_wait(const char* instruction, Site site) {
+    if (cluster_.open[current_] == 0)
+        fail(std::string(instruction) + ": this thread has not arrived", site);
+    if (cluster_.open[current_] > cluster_.phase) {
+        cluster_.waiting.push_back(current_);
+        park({instruction, site});
+    }
+    cluster_.open[current_] = 0;
+    clocks_.acquire(current_, cluster_.ended);
+}
+
 void Block::warp_sync(Site site) {
     int mine = 0;
     meet(kWarp, "warp_sync", site, mine, [&](Payloads<int>) {
@@ -221,13 +280,15 @@ std::string Block::what_it_waits_for(int thread) const {
     if (exited_[thread]) return "exited";
     const Wait& wait = waits_[thread];
     std::string at = wait.instruction ? wait.instruction : "?";
-    for (const Barrier& barrier : barriers_)
+    const auto came = [](int arrived, int expected) {
+        return ", where " + std::to_string(arrived) + " of " + std::to_string(expected) + " came";
+    };
+    for (int i = 0; i < kBarriers; ++i) {
+        const Barrier& barrier = barriers_[thread / block_threads_][i];
         if (std::ranges::count(barrier.waiting, thread) != 0)
-            at += (&barrier == &barriers_[kClusterBarrier]
-                       ? ""
-                       : " " + std::to_string((&barrier - barriers_) % kBarriers)) +
-                  std::string(", where ") + std::to_string(barrier.arrived) + " of " +
-                  std::to_string(barrier.expected) + " came";
+            at += " " + std::to_string(i) + came(barrier.arrived, barrier.expected);
+    }
+    if (std::ranges::count(cluster_.waiting, thread) != 0) at += came(cluster_.arrived, threads_);
     return "at " + at + " (" + wait.site.str() + ")";
 }
 

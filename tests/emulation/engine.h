@@ -33,7 +33,9 @@
 
 namespace fastattn::emulation {
 
-constexpr int kWarp = 32, kWarpgroup = 128, kMaxThreads = 1024, kMaxCluster = 8;
+constexpr int kWarp = 32, kWarpgroup = 128;
+constexpr int kMaxBlockThreads = 1024, kMaxCluster = 8;
+constexpr int kMaxThreads = kMaxCluster * kMaxBlockThreads;
 
 // What the threads of a meeting brought along.
 template <class Payload>
@@ -54,8 +56,10 @@ class Block {
     int threads() const { return threads_; }
     int block_threads() const { return block_threads_; }
     int blocks() const { return threads_ / block_threads_; }
-    // Block `rank` of the cluster must be there to be reached.
+    // Block `rank` of the cluster must be there to be reached, and must stay until what this thread
+    // does there is done.
     void require_block(int rank, const char* instruction, Site site) const;
+    void keep_block(int rank, const char* instruction, Site site);
 
     Clocks& clocks() { return clocks_; }
     const Clocks& clocks() const { return clocks_; }
@@ -105,13 +109,14 @@ class Block {
 
     // The block's barrier `number` of `threads` threads: waits for them, or only arrives.
     void barrier(int number, int threads, bool waits, const char* instruction, Site site);
-    // Of the block's threads, and of the cluster's.
+    // Of the block's threads.
     void barrier(const char* instruction, Site site) {
         barrier(0, block_threads_, true, instruction, site);
     }
-    void cluster_barrier(const char* instruction, Site site) {
-        come(barriers_[kClusterBarrier], threads_, true, instruction, site);
-    }
+    // The two halves of the barrier of the cluster's threads. It tells the others all that the
+    // thread knows and has done, or `told` alone.
+    void cluster_arrive(const char* instruction, Site site, const VectorClock* told = nullptr);
+    void cluster_wait(const char* instruction, Site site);
     void warp_sync(Site site);
 
     // A default-constructed State that lasts as long as the block: what other headers keep of it.
@@ -152,39 +157,54 @@ class Block {
     };
     struct Barrier {
         int expected = 0, arrived = 0;
-        uint32_t lanes[kMaxThreads / kWarp] = {};  // that arrived, by warp
+        uint32_t lanes[kMaxBlockThreads / kWarp] = {};  // that arrived, by warp
         std::vector<int> waiting;
         VectorClock released;  // by those that only arrive
+    };
+    struct ClusterBarrier {
+        int arrived = 0;
+        uint32_t phase = 0;          // how many have ended
+        std::vector<uint32_t> open;  // of each thread, the phase that it has yet to wait for, or 0
+        std::vector<int> waiting;
+        VectorClock arriving, ended;
+    };
+    // When a thread has touched another block's shared memory.
+    struct Reach {
+        Time time;
+        const char* instruction;
+        Site site;
     };
 
     [[noreturn]] void fail_divergence(const Meeting& meeting, const char* instruction,
                                       Site site) const;
     void leave(int size);
-    void come(Barrier& barrier, int threads, bool waits, const char* instruction, Site site);
-    std::string name_of(const Barrier& barrier) const;
     void complete(Barrier& barrier, const char* instruction, Site site);
     void park(const Wait& wait);
     void wake(int thread) { ready_[thread / kWarp] |= 1u << thread % kWarp; }
     void switch_to_next();
     bool find_ready();
     void ask_waiting();
+    bool has_begun(int rank) const;
+    void check_reaches();
     void exit();
     std::string what_it_waits_for(int thread) const;
     [[noreturn]] void fail_standstill(const char* how) const;
     std::string place() const;
     static void thread_main(int thread);
 
-    static constexpr int kBarriers = 16;  // of each block; the cluster's comes last
-    static constexpr int kClusterBarrier = kBarriers * kMaxCluster;
+    static constexpr int kBarriers = 16;  // of each block
 
     int threads_ = 0, block_threads_ = 1, current_ = 0, polls_ = 0;
+    int begin_ = 0;  // the stream of the blocks' begin, which the cluster's barrier tells of
     int left_[kMaxCluster] = {};  // threads of each block that have not exited
     unsigned first_block_ = 0;
     uint32_t ready_[kMaxThreads / kWarp] = {};  // by warp, a bit a lane
     Wait waits_[kMaxThreads];
     bool exited_[kMaxThreads] = {};
     Meeting meetings_[kMaxThreads / kWarp + kMaxThreads / kWarpgroup] = {};
-    Barrier barriers_[kClusterBarrier + 1];
+    Barrier barriers_[kMaxCluster][kBarriers];
+    ClusterBarrier cluster_;
+    std::map<std::pair<int, int>, Reach> reaches_;  // the latest, by rank and thread
     std::map<const void*, std::shared_ptr<void>> states_;
     std::vector<std::function<void()>> checks_;
     void (*body_)(const void*) = nullptr;

@@ -9,11 +9,10 @@ namespace fastattn::emulation {
 namespace {
 
 std::string refusal(const dim3& grid, int cluster, int threads, size_t shared) {
-    if (cluster != 1 && (cluster < 1 || cluster > kMaxCluster || grid.x % cluster != 0 ||
-                         cluster * threads > kMaxThreads))
+    if (cluster < 1 || cluster > kMaxCluster || grid.x % cluster != 0)
         return "clusters of " + std::to_string(cluster) +
-               " blocks; 1 to 8, which divide the grid's x, of 1024 threads in all, are emulated";
-    if (threads <= 0 || threads > kMaxThreads || threads % kWarp != 0)
+               " blocks; 1 to 8, which divide the grid's x, are allowed";
+    if (threads <= 0 || threads > kMaxBlockThreads || threads % kWarp != 0)
         return "a block of " + std::to_string(threads) +
                " threads; it must have whole warps, 1024 threads at most";
     if (shared > max_shared())

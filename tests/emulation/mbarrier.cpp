@@ -17,12 +17,12 @@ std::string name_of(SharedAddress address) {
 
 }  // namespace
 
-Mbarrier::Mbarrier(SharedAddress address, uint32_t arrivals, int thread)
+Mbarrier::Mbarrier(SharedAddress address, uint32_t arrivals, int initialised)
     : address_(address),
       arrivals_(arrivals),
       missing_(arrivals),
       agent_(block().clocks().new_agent("a copy that " + name_of(address) + " counts")),
-      initialiser_(thread) {}
+      initialised_(initialised) {}
 
 std::string Mbarrier::str() const {
     return name_of(address_) + " (phase " + std::to_string(phase_) + ": " +
@@ -97,12 +97,12 @@ void Mbarrier::describe_wait() {
                   str().c_str());
 }
 
-void Mbarrier::show(int thread) {
-    if (thread == initialiser_ && shown_ < 0) shown_ = block().clocks().now(thread);
+void Mbarrier::show(int initialised, Time time) {
+    if (initialised == initialised_ && shown_ < 0) shown_ = time;
 }
 
 void Mbarrier::require_shown(const char* instruction, Site site) const {
-    if (shown_ >= 0 && block().clocks().knows(block().thread(), initialiser_, shown_)) return;
+    if (shown_ >= 0 && block().clocks().knows(block().thread(), initialised_, shown_)) return;
     block().fail(std::string(instruction) + ": no fence_mbarrier_init and barrier between the " +
                      "mbarrier_init of " + name_of(address_) + " and this",
                  site);
@@ -124,13 +124,21 @@ Mbarriers::Mbarriers() {
 }
 
 void Mbarriers::init(SharedAddress address, uint32_t arrivals, Site site) {
-    block().shared().write(address, 8, 8, block().access("mbarrier_init", site));
+    Clocks& clocks = block().clocks();
+    const int thread = block().thread();
+    const auto [found, first] = initialised_.try_emplace(thread);
+    if (first)
+        found->second = clocks.new_agent("mbarrier_init of thread " + std::to_string(thread));
+    const int stream = found->second;
+    block().shared().write(address, 8, 8,
+                           block().access_async("mbarrier_init", site, thread, stream, false));
+    clocks.learn(thread, stream, clocks.advance(stream));
     if (arrivals == 0 || arrivals > kMaxCount)
         block().fail("mbarrier_init: " + std::to_string(arrivals) +
                          " arrivals; 1 to 2^20 - 1 can "
                          "be counted",
                      site);
-    if (!barriers_.try_emplace(address, address, arrivals, block().thread()).second)
+    if (!barriers_.try_emplace(address, address, arrivals, stream).second)
         block().fail("mbarrier_init: " + name_of(address) + " is initialised already", site);
 }
 
@@ -145,7 +153,18 @@ Mbarrier& Mbarriers::at(SharedAddress address, const char* instruction, Site sit
 }
 
 void Mbarriers::show(int thread) {
-    for (auto& [address, barrier] : barriers_) barrier.show(thread);
+    const auto found = initialised_.find(thread);
+    if (found == initialised_.end()) return;
+    Clocks& clocks = block().clocks();
+    const Time time = clocks.advance(found->second);
+    clocks.learn(thread, found->second, time);
+    for (auto& [address, barrier] : barriers_) barrier.show(found->second, time);
+}
+
+void Mbarriers::release(int thread) {
+    show(thread);
+    if (const auto found = initialised_.find(thread); found != initialised_.end())
+        released_[thread].learn(found->second, block().clocks().now(found->second) - 1);
 }
 
 }  // namespace fastattn::emulation

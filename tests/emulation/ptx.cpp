@@ -3,6 +3,7 @@
 #include <bit>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace fastattn::emulation {
 
@@ -10,8 +11,7 @@ namespace {
 
 // Of each thread, the stream of its cp.async groups, or -1.
 struct CopyGroups {
-    int agents[kMaxThreads];
-    CopyGroups() { std::fill(std::begin(agents), std::end(agents), -1); }
+    std::vector<int> agents = std::vector<int>(block().threads(), -1);
 };
 
 int64_t conflicts = 0;

@@ -11,7 +11,7 @@
 
 namespace fastattn::emulation {
 
-void fence_mbarrier_init() { mbarriers().show(block().thread()); }
+void fence_mbarrier_init() { mbarriers().release(block().thread()); }
 
 void fence_proxy_async() {
     mbarriers().show(block().thread());
@@ -62,9 +62,9 @@ struct OutgoingCopies {
 };
 
 struct CopyEngine {
-    OutgoingCopies of_thread[kMaxThreads];
+    std::vector<OutgoingCopies> of_thread;
 
-    CopyEngine() {
+    CopyEngine() : of_thread(block().threads()) {
         block().at_end([this] {
             for (int t = 0; t < block().threads(); ++t) end(t, of_thread[t]);
         });
@@ -110,10 +110,11 @@ void issue(SharedAddress from, uint8_t* to, int bytes, bool add, const char* ins
 
 // What all copies into shared memory have in common: room for their bytes.
 IncomingCopy incoming(SharedAddress to, int64_t bytes, int alignment, Mbarrier& barrier,
-                      const char* instruction, Site site) {
+                      const char* instruction, Site site, bool async_proxy = true) {
     const int thread = block().thread();
     barrier.require_shown(instruction, site);
-    const Access access = block().access_async(instruction, site, thread, barrier.agent(), true);
+    const Access access =
+        block().access_async(instruction, site, thread, barrier.agent(), async_proxy);
     const int room = int(std::min<int64_t>(bytes, 1 << 30));
     return {
         block().shared().write(to, room, alignment, access), room, {}, instruction, thread, site};
@@ -139,6 +140,18 @@ void copy_box(SharedAddress to, const cuda::TensorMap& map, SharedAddress barrie
 SharedAddress address_in(int rank, SharedAddress address, const char* instruction, Site site) {
     block().require_block(rank, instruction, site);
     return address % kSharedWindow + rank * kSharedWindow;
+}
+
+void st_async(SharedAddress to, const void* value, int bytes, SharedAddress barrier, int rank,
+              Site site) {
+    constexpr const char* kName = "st_async_at";
+    Mbarrier& counting = mbarriers().at(address_in(rank, barrier, kName, site), kName, site);
+    IncomingCopy copy =
+        incoming(address_in(rank, to, kName, site), bytes, bytes, counting, kName, site, false);
+    const auto* from = static_cast<const uint8_t*>(value);
+    copy.value.assign(from, from + bytes);
+    copy.pieces.push_back({copy.to, copy.value.data(), bytes});
+    counting.add(std::move(copy));
 }
 
 void tma_load(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,

@@ -17,6 +17,8 @@ SharedAddress address_in(int rank, SharedAddress address, const char* instructio
 
 void tma_load(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
               const int (&at)[4], Site site);
+void st_async(SharedAddress to, const void* value, int bytes, SharedAddress barrier, int rank,
+              Site site);
 void tma_multicast(SharedAddress to, const cuda::TensorMap* map, SharedAddress barrier,
                    const int (&at)[4], uint16_t blocks, Site site);
 void tma_store(const cuda::TensorMap* map, SharedAddress from, const int (&at)[4], bool add,
@@ -54,12 +56,28 @@ inline void mbarrier_wait(SharedAddress barrier, uint32_t parity, Site site = Si
 }
 
 inline int cluster_rank() { return emulation::block().rank(); }
+inline int cluster_size() { return emulation::block().blocks(); }
 inline void cluster_barrier(Site site = Site::here()) {
-    emulation::block().cluster_barrier("cluster_barrier", site);
+    emulation::block().cluster_arrive("cluster_barrier", site);
+    emulation::block().cluster_wait("cluster_barrier", site);
+}
+inline void cluster_arrive(Site site = Site::here()) {
+    emulation::Block& block = emulation::block();
+    block.cluster_arrive("cluster_arrive", site, &emulation::mbarriers().released(block.thread()));
+}
+inline void cluster_wait(Site site = Site::here()) {
+    emulation::block().cluster_wait("cluster_wait", site);
+}
+template <class T>
+void st_async_at(SharedAddress to, T value, SharedAddress barrier, int rank,
+                 Site site = Site::here()) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    emulation::st_async(to, &value, sizeof(T), barrier, rank, site);
 }
 inline void mbarrier_arrive_at(SharedAddress barrier, int rank, Site site = Site::here()) {
     constexpr const char* kName = "mbarrier_arrive_at";
     const SharedAddress there = emulation::address_in(rank, barrier, kName, site);
+    emulation::block().keep_block(rank, kName, site);
     emulation::mbarriers().at(there, kName, site).arrive(0, kName, site);
 }
 

@@ -37,8 +37,10 @@ def check(x, *, bias=None, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("log", [False, True], ids=["softmax", "log"])
 @pytest.mark.parametrize(
-    "shape", [(1,), (7,), (3, 1), (5, 16), (4, 128), (2, 3, 33), (3, 1000), (2, 5000), (1, 40000)]
-)
+    "shape",
+    [(1,), (7,), (3, 1), (5, 16), (4, 128), (2, 3, 33), (3, 1000), (2, 5000), (2, 12000),
+     (1, 40000), (1, 100000)],
+)  # fmt: skip
 def test_shapes(backend, shape, log, dtype):
     check(torch.randn(shape).to(dtype) * 3, log=log)
 
