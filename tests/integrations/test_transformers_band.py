@@ -46,11 +46,11 @@ def test_bands_are_found(seqlen_q, seqlen_k, options):
         options["seqlens_k"] = torch.tensor(options["seqlens_k"], dtype=torch.int32)
     mask = dense((3, 1, seqlen_q, seqlen_k), **options)
     for given in (mask, mask.clone(), mask.expand(3, 4, seqlen_q, seqlen_k)):
-        found = band(given)
+        found = band(given, seqlen_k)
         assert found is not None and dense(mask.shape, **found).equal(mask)
         assert found.keys() <= options.keys() | {"offset"}
     # Keys that no query may see add nothing that has to be said of each sequence.
-    assert ("seqlens_k" in band(mask)) == ("seqlens_k" in options)
+    assert ("seqlens_k" in band(mask, seqlen_k)) == ("seqlens_k" in options)
 
 
 def test_other_masks_are_not():
@@ -66,7 +66,7 @@ def test_other_masks_are_not():
         torch.stack((causal[:2, 0], causal[:2, 0].triu(-1))).transpose(0, 1),
         torch.ones(1, 1, 0, 4, dtype=torch.bool),
     ):
-        assert band(mask) is None
+        assert band(mask, mask.shape[3]) is None
 
 
 def test_nothing_is_found_that_is_not_so():
@@ -75,7 +75,7 @@ def test_nothing_is_found_that_is_not_so():
     for seqlen_q, seqlen_k in ((1, 1), (1, 3), (2, 2), (2, 3), (3, 2)):
         for _ in range(200):
             mask = torch.rand(2, 1, seqlen_q, seqlen_k, generator=generator) < 0.7
-            options = band(mask)
+            options = band(mask, seqlen_k)
             if options is not None:
                 found += 1
                 assert dense(mask.shape, **options).equal(mask)
@@ -89,18 +89,20 @@ def test_a_mask_is_looked_at_once_until_it_changes(monkeypatch):
     look = module._look
     monkeypatch.setattr(module, "_look", lambda mask: looked.append(mask) or look(mask))
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
-    assert band(mask) == band(mask) == dict(causal=True, offset=0)
+    assert band(mask, 5) == band(mask, 5) == dict(causal=True, offset=0)
     assert len(looked) == 1
+    assert band(mask, 4) == band(mask, 4) == dict(causal=True, offset=0)
+    assert len(looked) == 2
     mask[0, 0, 4, 0] = False
-    assert band(mask) is None and len(looked) == 2
+    assert band(mask, 5) is None and len(looked) == 3
     with torch.inference_mode():
-        assert band(torch.ones(2, 1, 5, 5, dtype=torch.bool)) == {}
+        assert band(torch.ones(2, 1, 5, 5, dtype=torch.bool), 5) == {}
         mask = dense((2, 1, 5, 5), seqlens_k=torch.tensor([3, 5])).clone()
     with torch.inference_mode(False):
         mask = mask.clone()
     with torch.inference_mode():
-        found = band(mask)
-    assert found is band(mask) and not found["seqlens_k"].is_inference()
+        found = band(mask, 5)
+    assert found is band(mask, 5) and not found["seqlens_k"].is_inference()
 
 
 def test_attention_on_a_band_is_that_on_the_mask():
@@ -114,3 +116,5 @@ def test_attention_on_a_band_is_that_on_the_mask():
     floating = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(out(mask), out(floating))
     torch.testing.assert_close(out(mask[:1]), out(mask[:1].expand(2, 1, 5, 9)))
+    longer = torch.nn.functional.pad(mask[1:], (0, 3))  # of a whole cache, of one row for all
+    torch.testing.assert_close(out(longer), out(floating[1:]))

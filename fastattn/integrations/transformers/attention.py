@@ -88,13 +88,17 @@ def attention_forward(
         options["bias"] = position_bias
     else:
         mask = _checked_mask(attention_mask, seqlen_k)
+        hidden = None
         if cu_seq_lens_q is not None:
             mask = _within_sequences(mask, cu_seq_lens_q, cu_seq_lens_k)
-        if mask.dtype == torch.bool:
-            whole = mask.shape[0] == query.shape[0] and mask.shape[2:] == (seqlen_q, seqlen_k)
-            hidden = band(mask) if whole else None
-            options |= dict(mask=mask) if hidden is None else hidden
-            options["bias"] = position_bias
+        elif mask.dtype == torch.bool and mask.shape[2:] == (seqlen_q, seqlen_k):
+            hidden = band(attention_mask, seqlen_k)
+        if hidden is not None:
+            options |= hidden | dict(bias=position_bias)
+            if "seqlens_k" in hidden:
+                options["seqlens_k"] = hidden["seqlens_k"].expand(query.shape[0]).contiguous()
+        elif mask.dtype == torch.bool:
+            options |= dict(mask=mask, bias=position_bias)
         else:
             options["bias"] = mask if position_bias is None else mask + position_bias
     out: Any = attention(query, key, value, **options)

@@ -8,33 +8,34 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastattn.ops.common import is_plain
 
-# Of each mask its version when it was looked at, and what was found.
+# Of each mask its version when it was looked at, for how many keys, and what was found.
 _found = WeakTensorKeyDictionary()
 
 
-def band(mask: Tensor) -> dict[str, Any] | None:
+def band(mask: Tensor, seqlen_k: int) -> dict[str, Any] | None:
     """The arguments of `fastattn.attention` that hide what `mask` hides, None if there are none.
 
     All of the mask is compared with them, for the first of the layers that are called with it; on a
     GPU the host waits for that. Under ``torch.compile`` and in a CUDA graph nothing is found.
 
     Args:
-        mask: boolean, ``(batch, 1 or heads, seqlen_q, seqlen_k)``, True = take part.
+        mask: boolean, ``(batch, 1 or heads, seqlen_q, seqlen_k or more)``, True = take part.
+        seqlen_k: how many keys there are.
 
     Returns:
-        Some of ``causal``, ``window``, ``offset`` and ``seqlens_k``.
+        Some of ``causal``, ``window``, ``offset`` and ``seqlens_k``, of the mask's batch.
     """
     if not is_plain(mask) or mask.is_meta or 0 in mask.shape:
         return None
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     if mask.is_inference():  # has no version
-        return _look(mask)
-    version, found = _found.get(mask, (None, None))
-    if version != mask._version:
+        return _look(mask[..., :seqlen_k])
+    seen, found = _found.get(mask, (None, None))
+    if seen != (mask._version, seqlen_k):
         with torch.inference_mode(False):  # it may be used outside
-            found = _look(mask)
-        _found[mask] = mask._version, found
+            found = _look(mask[..., :seqlen_k])
+        _found[mask] = (mask._version, seqlen_k), found
     return found
 
 
