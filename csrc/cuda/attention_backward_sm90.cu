@@ -1,5 +1,6 @@
 // The gradients of attention for sm_90a, as FlashAttention-3's backward (Shah et al. 2024, arXiv
-// 2407.08608): dq, dk, dv from q, k, v, dout, lse, delta, of head_dim 64 and 128.
+// 2407.08608): dq, dk, dv from q, k, v, dout, lse, delta, of head_dim 64 and 128; 256 is in
+// attention_backward_wide_sm90.cu.
 //
 // A block owns 128 keys of one head of k and v, and walks the blocks of queries that see them, of
 // one after the other of the heads that share it. Its two consumer warpgroups own 64 keys each:
@@ -8,19 +9,10 @@
 // memory, and what the copy engine adds to a float32 scratch comes from there. Of the producer
 // warpgroup one warp copies q and dout, one lse and delta, one hands dq on. 10 * head_dim flops a
 // score.
-#include <algorithm>
-
-#include "cuda/attention_dq.cuh"
-#include "cuda/attention_sm90.cuh"
-#include "cuda/attention_softmax.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/attention_backward_sm90.cuh"
 
 namespace fastattn::cuda {
 namespace {
-
-constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kConsumersBarrier = 1;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 // head_dim is at least the call's head_dim and head_dim_v; copies fill up with zeros.
 template <class Element, int head_dim, int block_m>
@@ -33,7 +25,7 @@ struct Config {
     static_assert(kDqByRows ? head_dim == 64 : head_dim == 128);
 };
 
-// A block's tiles in shared memory, in panels of 64 columns, and its barriers. A stage is `empty`
+// A block's tiles in shared memory, in panels of 64 columns, and its barriers. A stage is empty
 // when all warps of the consumers have read its queries.
 template <class C>
 struct Shared {
@@ -75,7 +67,7 @@ struct Shared {
     FASTATTN_DEVICE SharedAddress q_full(int stage) const { return kv_full() + 24 + 32 * stage; }
     FASTATTN_DEVICE SharedAddress dout_full(int stage) const { return q_full(stage) + 8; }
     FASTATTN_DEVICE SharedAddress statistics_full(int stage) const { return q_full(stage) + 16; }
-    FASTATTN_DEVICE SharedAddress empty(int stage) const { return q_full(stage) + 24; }
+    FASTATTN_DEVICE SharedAddress q_empty(int stage) const { return q_full(stage) + 24; }
 
     FASTATTN_DEVICE void init_barriers() const {
         mbarrier_init(kv_full(), 2);
@@ -85,55 +77,10 @@ struct Shared {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(statistics_full(stage), 1);
-            mbarrier_init(empty(stage), 4 * kConsumers);
+            mbarrier_init(q_empty(stage), 4 * kConsumers);
         }
         fence_mbarrier_init();
     }
-};
-
-// The keys that a block owns, and the queries that see them.
-struct Own {
-    int batch, head_kv, first_key, rows_k;  // rows_k: from first_key on, of dk and dv
-    Sequence sequence;
-    Range rows, rows_of_all;  // of the queries that see some key, and each
-};
-
-template <class C>
-FASTATTN_DEVICE Own own_keys(const AttentionArgs& a, unsigned block) {
-    const unsigned blocks = (a.seqlen_k + C::kBlockN - 1) / C::kBlockN;
-    Own own;
-    own.head_kv = block / blocks % a.heads_kv, own.batch = block / blocks / a.heads_kv;
-    own.first_key = block % blocks * C::kBlockN;
-    const Sequence s = sequence_of(a, own.batch);
-    own.sequence = s;
-    // Keys behind a sequence's length get zeros, unless packed.
-    own.rows_k = (a.cu_seqlens_k ? s.seqlen_k : a.seqlen_k) - own.first_key;
-    const int last_key = min(own.first_key + C::kBlockN, s.seqlen_k) - 1;
-    own.rows = queries_seeing(a, s, own.first_key, last_key);
-    if (own.first_key > last_key || own.rows.begin >= own.rows.end) own.rows = {0, 0};
-    own.rows.begin = own.rows.begin / C::kBlockM * C::kBlockM;
-    own.rows_of_all = queries_seeing_all(a, s, own.first_key, last_key);
-    if (last_key < own.first_key + C::kBlockN - 1) own.rows_of_all = {0, 0};
-    return own;
-}
-
-// Calls f(head, first_row, stage, parity) for each block of queries, in the order that all keep;
-// parity is that of the stage's phase.
-template <class C, class F>
-FASTATTN_DEVICE void each_step(const AttentionArgs& a, const Own& own, F f) {
-    const int group_size = a.heads / a.heads_kv;
-    int stage = 0;
-    uint32_t parity = 0;
-    for (int head = own.head_kv * group_size; head < (own.head_kv + 1) * group_size; ++head)
-#pragma unroll 1
-        for (int row = own.rows.begin; row < own.rows.end; row += C::kBlockM) {
-            f(head, row, stage, parity);
-            if (++stage == C::kStages) stage = 0, parity ^= 1;
-        }
-}
-
-struct Maps {
-    TensorMap q, k, v, dout;
 };
 
 // One thread copies the keys and values, then queries and the gradients of their results.
@@ -149,39 +96,11 @@ FASTATTN_DEVICE void copy_operands(const AttentionArgs& a, const Own& own, Share
                                        batch_k);
     each_step<C>(a, own, [&](int head, int first_row, int stage, uint32_t parity) {
         const int row = int(own.sequence.start_q) + first_row;
-        mbarrier_wait(shared.empty(stage), parity ^ 1);
+        mbarrier_wait(shared.q_empty(stage), parity ^ 1);
         copy_tile<C::kBlockM, C::kHeadDim>(shared.q(stage), &maps.q, shared.q_full(stage), row,
                                            head, batch_q);
         copy_tile<C::kBlockM, C::kHeadDim>(shared.dout(stage), &maps.dout, shared.dout_full(stage),
                                            row, head, batch_q);
-    });
-}
-
-// A warp copies lse and delta. Weights are 0 where lse is +inf: in rows that see no key, and
-// outside.
-template <class C>
-FASTATTN_DEVICE void copy_statistics(const AttentionBwdArgs& a, const Own& own, Shared<C> shared) {
-    each_step<C>(a, own, [&](int head, int first_row, int stage, uint32_t parity) {
-        // Addresses follow from the lane anew each time, or they would take too many registers.
-        const int lane = opaque(threadIdx.x % 32);
-        const int64_t at = (a.cu_seqlens_q ? 0 : own.batch * a.lse_batch_stride) +
-                           head * a.lse_head_stride + own.sequence.start_q + first_row + lane;
-        const float *row_lse = a.lse + at, *row_delta = a.delta + at;
-        const int rows = own.sequence.seqlen_q - first_row - lane;
-        mbarrier_wait(shared.empty(stage), parity ^ 1);
-        const SharedAddress to = shared.lse(stage) + 4 * lane;
-#pragma unroll 1
-        for (int i = 0; i < C::kBlockM; i += 32) {
-            float lse = INFINITY, delta = 0.0f;
-            if (i < rows) {
-                lse = ld_readonly(row_lse + i) * kLog2E, delta = ld_readonly(row_delta + i);
-                if (lse == -INFINITY) lse = INFINITY;
-            }
-            st_shared(to + 4 * i, lse);
-            st_shared(to + 4 * (C::kBlockM + i), delta);
-        }
-        warp_sync();
-        if (lane == 0) mbarrier_arrive(shared.statistics_full(stage));
     });
 }
 
@@ -213,34 +132,6 @@ FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAd
         wgmma<typename C::T, 64, true, true>(flat(dq), advanced(a, step * 2048),
                                              advanced(b, step * 2048), step > 0);
     wgmma_commit();
-}
-
-// This consumer's share of clear_rows, before any of them reads the tile; then all meet.
-template <int kRows, int kColumns>
-FASTATTN_DEVICE void clear(SharedAddress tile, int row) {
-    clear_rows<kRows, kColumns>(tile, row, threadIdx.x - kWarpgroup, kConsumers * kWarpgroup);
-}
-FASTATTN_DEVICE void consumers_meet() {
-    fence_proxy_async();
-    barrier_sync(kConsumersBarrier, kConsumers * kWarpgroup);
-}
-
-// Products, transposed, to weights; `key` and `row` are those of element 0.
-template <int kTiles, bool kBoundary>
-FASTATTN_DEVICE void weights(const AttentionArgs& a, const Sequence& s, float (&scores)[kTiles][4],
-                             SharedAddress lse, int key, int row) {
-    const float factor = a.softmax_scale * kLog2E;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-        const float2 row_lse = ld_shared<float2>(lse + 32 * j);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float weight =
-                exp2_approx(scores[j][i] * factor - (i % 2 ? row_lse.y : row_lse.x));
-            const bool hidden = kBoundary && !visible(a, s, row + 8 * j + i % 2, key + 4 * (i & 2));
-            scores[j][i] = hidden ? 0.0f : weight;
-        }
-    }
 }
 
 // What a consumer does: its 64 keys with every block of queries.
@@ -338,22 +229,13 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
         wgmma_wait<0>();
         wgmma_landed(flat(dv));
         wgmma_landed(flat(dk));
-        if (lane == 0) mbarrier_arrive(shared.empty(stage));
+        if (lane == 0) mbarrier_arrive(shared.q_empty(stage));
         ++step;
     });
 
-    const auto write = [&](const auto& acc, void* to, const Strides& strides, int columns) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = key + 8 * half;
-            T* const from_row = static_cast<T*>(to) + row_offset(strides, a.cu_seqlens_k, own.batch,
-                                                                 own.head_kv, s.start_k, row);
-            write_row(acc, half, from_row, row < own.first_key + own.rows_k, columns);
-        }
-    };
     multiply_rows(dk, {a.softmax_scale, a.softmax_scale});
-    write(dk, a.dk, a.dk_strides, a.head_dim);
-    write(dv, a.dv, a.dv_strides, a.head_dim_v);
+    write_keys<T>(a, own, dk, a.dk, a.dk_strides, key, 0, a.head_dim);
+    write_keys<T>(a, own, dv, a.dv, a.dv_strides, key, 0, a.head_dim_v);
 }
 
 template <class C>
@@ -382,32 +264,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class C>
-void launch_bwd(const AttentionBwdArgs& a) {
-    using T = typename C::T;
-    const DqSum dq_sum = dq_sum_of(a, C::kHeadDim);
-    const int64_t blocks =
-        int64_t((a.seqlen_k + C::kBlockN - 1) / C::kBlockN) * a.heads_kv * a.batch;
-    const auto of_queries = [&](const void* tensor, const Strides& strides, int head_dim) {
-        return map_of<T>(tensor, strides, a.batch, a.heads, a.seqlen_q, head_dim, a.cu_seqlens_q,
-                         a.total_q, C::kBlockM);
-    };
-    const auto of_keys = [&](const void* tensor, const Strides& strides, int head_dim) {
-        return map_of<T>(tensor, strides, a.batch, a.heads_kv, a.seqlen_k, head_dim, a.cu_seqlens_k,
-                         a.total_k, C::kBlockN);
-    };
-    const Maps maps{of_queries(a.q, a.q_strides, a.head_dim), of_keys(a.k, a.k_strides, a.head_dim),
-                    of_keys(a.v, a.v_strides, a.head_dim_v),
-                    of_queries(a.dout, a.dout_strides, a.head_dim_v)};
-    if (blocks)
-        launch(attention_bwd_kernel<C>, grid_of(blocks), kThreads, Shared<C>::kBytes, a.stream, a,
-               dq_sum, maps);
-    attention_dq(a, dq_sum);
+void launch_head_dim(const AttentionBwdArgs& a) {
+    launch_bwd<C>(a, attention_bwd_kernel<C>, Shared<C>::kBytes);
 }
 
 template <class T>
 void launch_dtype(const AttentionBwdArgs& a) {
-    if (padded_head_dim(a) == 64) return launch_bwd<Config<T, 64, 128>>(a);
-    launch_bwd<Config<T, 128, 64>>(a);
+    if (padded_head_dim(a) == 64) return launch_head_dim<Config<T, 64, 128>>(a);
+    launch_head_dim<Config<T, 128, 64>>(a);
 }
 
 }  // namespace
@@ -420,13 +284,14 @@ bool attention_bwd_sm90_takes(const AttentionBwdArgs& a) {
     const auto of_keys = [&](const Strides& strides) {
         return mappable(strides, a.batch, a.heads_kv, a.seqlen_k, a.cu_seqlens_k, a.total_k);
     };
-    return current_device().capability == 90 && (head_dim == 64 || head_dim == 128) &&
-           a.softcap == 0.0f && !a.alibi_slopes && !a.seed && !a.deterministic &&
-           of_queries(a.q_strides) && of_queries(a.dout_strides) && of_keys(a.k_strides) &&
-           of_keys(a.v_strides);
+    return current_device().capability == 90 &&
+           (head_dim == 64 || head_dim == 128 || head_dim == 256) && a.softcap == 0.0f &&
+           !a.alibi_slopes && !a.seed && !a.deterministic && of_queries(a.q_strides) &&
+           of_queries(a.dout_strides) && of_keys(a.k_strides) && of_keys(a.v_strides);
 }
 
 void attention_bwd_sm90(const AttentionBwdArgs& a) {
+    if (padded_head_dim(a) == 256) return attention_bwd_wide_sm90(a);
     a.bfloat16 ? launch_dtype<bfloat16>(a) : launch_dtype<float16>(a);
 }
 

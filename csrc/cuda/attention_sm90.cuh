@@ -32,17 +32,17 @@ FASTATTN_DEVICE float (&flat(float (&tiles)[kTiles][4]))[4 * kTiles] {
 }
 
 // products (64, n) = a (64, kDepth) b^T, asynchronously: `a` is the first of 64 rows of a tile of
-// kRowsA rows, b (n, kDepth) a tile. After wgmma_fence.
-template <class T, int kRowsA, int kDepth, int kTiles>
+// kRowsA rows, `b` the first of n rows of a tile of kTileB rows, 0: of these. After wgmma_fence.
+template <class T, int kRowsA, int kDepth, int kTileB = 0, int kTiles>
 FASTATTN_DEVICE void multiply_rows_of(float (&products)[kTiles][4], SharedAddress a,
                                       SharedAddress b) {
-    constexpr int kRowsB = 8 * kTiles;
+    constexpr int kRowsB = kTileB ? kTileB : 8 * kTiles;
     const uint64_t rows_a = wgmma_operand(a), rows_b = wgmma_operand(b);
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
         const int panel = d / kPanel, bytes = d % kPanel * 2;
-        wgmma<T, kRowsB>(flat(products), advanced(rows_a, panel * (kRowsA * 128) + bytes),
-                         advanced(rows_b, panel * (kRowsB * 128) + bytes), d > 0);
+        wgmma<T, 8 * kTiles>(flat(products), advanced(rows_a, panel * (kRowsA * 128) + bytes),
+                             advanced(rows_b, panel * (kRowsB * 128) + bytes), d > 0);
     }
     wgmma_commit();
 }

@@ -65,7 +65,12 @@ def test_every_tile(chip, head_dim, features):
     check(*tensors, window=(100, 0), offset=lengths - 150, seqlens_k=lengths, **features)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(208, 72), (40, 200)])
+def test_wide_keys_or_values(chip, head_dim, head_dim_v):
+    check(*make(70, 130, head_dim, head_dim_v), causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_what_is_hidden_gets_zeros(chip, head_dim):
     """Of queries and of keys, though the keys behind a length are NaN."""
     q, k, v = make(130, 300, head_dim)
@@ -89,7 +94,7 @@ def test_low_scores(chip):
     assert all(grad.isfinite().all() for grad in check(q, k, v, causal=True, softcap=600.0))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_packed_sequences(chip, deterministic, head_dim):
     """One is empty, one has no keys, one is NaN and must not reach the others."""
