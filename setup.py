@@ -262,7 +262,9 @@ class NinjaBuild(build_ext):
                 name = f"bindings/cuda/{source.stem}"
                 steps.append(("cxx", source, name, "$bindings_flags"))
             bindings_flags.append("-DFASTATTN_CUDA")
+            # nvcc looks for its libraries in lib64; PyPI's has them in lib.
             link = [str(nvcc), "-ccbin", compiler.driver, *NVCC_LINK]
+            link.append(f"-L{nvcc.resolve().parent.parent / 'lib'}")
 
         include = f"-I{CSRC}"
         flags = [*shlex.split(CXX_FLAGS), include]
