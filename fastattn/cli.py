@@ -37,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model as a file or a recipe says")
     train.add_argument("config", help=".toml, .yaml or .json file, or a recipe's name")
     train.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.steps=100"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="such as training.steps=100",
     )
     train.add_argument("--out", type=Path, metavar="DIR", help="of the run; default fastattn-NAME")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder")

@@ -192,3 +192,23 @@ def test_an_unknown_instruction_set_fails_the_first_call_and_shows_in_info():
     done = run_python("from fastattn.cli import main; main(['info'])", FASTATTN_ISA="sse9")
     assert done.returncode == 0
     assert "FASTATTN_ISA must be one of" in done.stdout
+
+
+def test_repeated_changes_all_count(monkeypatch):
+    pytest.importorskip("tokenizers")
+    from fastattn import training
+
+    given = []
+    monkeypatch.setattr(training, "run", lambda source, changes, *rest: given.extend(changes) or 0)
+    cli.main(["train", "translation", "--set", "a=1", "b=2", "--set", "c=3"])
+    assert given == ["a=1", "b=2", "c=3"]
+
+
+def test_a_checkout_in_the_way_of_the_installed_package_is_named():
+    code = (
+        "import runpy, sys; sys.modules['fastattn.kernels'] = None; "
+        "runpy.run_module('fastattn', run_name='__main__')"
+    )
+    done = run_python(code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fastattn: the sources of a checkout are in the way")

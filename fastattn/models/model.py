@@ -14,13 +14,16 @@ class Model(nn.Module):
         fields: of the model's ``Config``, in place of the config's own.
 
     Raises:
-        ValueError, TypeError: an option is out of range; the message names it.
+        ValueError, TypeError: an option is out of range or `config` another model's; the message
+            names it.
     """
 
     Config: ClassVar[Any]
 
     def __init__(self, config: Any = None, **fields: Any) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, self.Config):
+            raise TypeError(f"config: expected {self.Config.__name__}, got {type(config).__name__}")
         self.config = self.Config(**fields) if config is None else replace(config, **fields)
 
     @property

@@ -59,6 +59,12 @@ def test_options(name, fields):
     assert {key: getattr(config, key) for key in fields} == fields
 
 
+def test_a_config_of_another_model_is_refused():
+    for name, model in (("gpt2", models.Encoder), ("bert-tiny", models.Transformer)):
+        with pytest.raises(TypeError, match="config: expected .*Config, got .*Config"):
+            model(models.preset(name))
+
+
 def test_scores_begin_alike_with_any_scale():
     for scale in (None, 1.0):
         model = models.Transformer(models.preset("t5-small", num_layers=1, softmax_scale=scale))
