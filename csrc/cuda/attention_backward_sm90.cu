@@ -88,12 +88,8 @@ template <class C>
 FASTATTN_DEVICE void copy_operands(const AttentionArgs& a, const Own& own, Shared<C> shared,
                                    const Maps& maps) {
     if (own.rows.begin >= own.rows.end) return;
-    const int key = int(own.sequence.start_k) + own.first_key;
-    const int batch_k = a.cu_seqlens_k ? 0 : own.batch, batch_q = a.cu_seqlens_q ? 0 : own.batch;
-    copy_tile<C::kBlockN, C::kHeadDim>(shared.k(), &maps.k, shared.kv_full(), key, own.head_kv,
-                                       batch_k);
-    copy_tile<C::kBlockN, C::kHeadDim>(shared.v(), &maps.v, shared.kv_full(), key, own.head_kv,
-                                       batch_k);
+    copy_keys<C>(a, own, shared, maps);
+    const int batch_q = a.cu_seqlens_q ? 0 : own.batch;
     each_step<C>(a, own, [&](int head, int first_row, int stage, uint32_t parity) {
         const int row = int(own.sequence.start_q) + first_row;
         mbarrier_wait(shared.q_empty(stage), parity ^ 1);
@@ -119,19 +115,6 @@ FASTATTN_DEVICE void add_dq(const AttentionBwdArgs& a, const Own& own, Shared<C>
         parity ^= 1;
     });
     bulk_wait<0>();
-}
-
-// dq (64, 64) = ds (., kBlockN) k (kBlockN, .), this consumer's rows or columns, asynchronously.
-template <class C>
-FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAddress k,
-                                   int consumer) {
-    const uint64_t a = wgmma_operand(ds + (C::kDqByRows ? consumer * (C::kBlockN * 128) : 0));
-    const uint64_t b = wgmma_operand(k + (C::kDqByRows ? 0 : consumer * (C::kBlockN * 128)));
-#pragma unroll
-    for (int step = 0; step < C::kBlockN / 16; ++step)
-        wgmma<typename C::T, 64, true, true>(flat(dq), advanced(a, step * 2048),
-                                             advanced(b, step * 2048), step > 0);
-    wgmma_commit();
 }
 
 // What a consumer does: its 64 keys with every block of queries.
@@ -206,7 +189,9 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
         consumers_meet();
         float dq[8][4];
         wgmma_fence();
-        multiply_keys<C>(dq, ds_tile.base, shared.k(), consumer);
+        const int own_part = consumer * (C::kBlockN * 128);  // rows or columns of this consumer
+        multiply_keys<C>(dq, ds_tile.base + (C::kDqByRows ? own_part : 0),
+                         shared.k() + (C::kDqByRows ? 0 : own_part));
         wgmma_fence();
         add_weighted_rows<T>(dk, ds, q);
 
@@ -215,14 +200,7 @@ FASTATTN_DEVICE void consume(const AttentionBwdArgs& a, const Own& own, Shared<C
         wgmma_landed(flat(dq));
         const int dq_row = (C::kDqByRows ? 64 * consumer : 0) + 16 * warp;
         const int dq_column = C::kDqByRows ? 0 : 64 * consumer;
-        const SharedAddress to =
-            shared.dq() + 4 * (DqSum::tile<kHeadDim>(dq_row, dq_column) + lane);
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                st_shared(to + 4 * (DqSum::tile<kHeadDim>(4 * (i & 2), 8 * j) + i % 2 * 32),
-                          dq[j][i]);
+        store_dq<kHeadDim>(shared.dq(), dq, dq_row, dq_column, lane);
         fence_proxy_async();
         warp_sync();
         if (lane == 0) mbarrier_arrive(shared.dq_full());

@@ -61,6 +61,18 @@ struct Maps {
     TensorMap q, k, v, dout;
 };
 
+// One thread copies the block's keys and values.
+template <class C, class Shared>
+FASTATTN_DEVICE void copy_keys(const AttentionArgs& a, const Own& own, const Shared& shared,
+                               const Maps& maps) {
+    const int key = int(own.sequence.start_k) + own.first_key;
+    const int batch = a.cu_seqlens_k ? 0 : own.batch;
+    copy_tile<C::kBlockN, C::kHeadDim>(shared.k(), &maps.k, shared.kv_full(), key, own.head_kv,
+                                       batch);
+    copy_tile<C::kBlockN, C::kHeadDim>(shared.v(), &maps.v, shared.kv_full(), key, own.head_kv,
+                                       batch);
+}
+
 // A warp copies lse and delta. Weights are 0 where lse is +inf: in rows that see no key, and
 // outside.
 template <class C, class Shared>
@@ -116,6 +128,28 @@ FASTATTN_DEVICE void weights(const AttentionArgs& a, const Sequence& s, float (&
             scores[j][i] = hidden ? 0.0f : weight;
         }
     }
+}
+
+// dq (64, 64) = ds^T (64, kBlockN) k (kBlockN, 64), each from the panel on, asynchronously.
+template <class C>
+FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAddress k) {
+    const uint64_t a = wgmma_operand(ds), b = wgmma_operand(k);
+#pragma unroll
+    for (int step = 0; step < C::kBlockN / 16; ++step)
+        wgmma<typename C::T, 64, true, true>(flat(dq), advanced(a, step * 2048),
+                                             advanced(b, step * 2048), step > 0);
+    wgmma_commit();
+}
+// A warp's 16 rows of dq, to (row, column) of a tile of kColumns, float32, as DqSum has it.
+template <int kColumns>
+FASTATTN_DEVICE void store_dq(SharedAddress tile, const float (&dq)[8][4], int row, int column,
+                              int lane) {
+    const SharedAddress to = tile + 4 * (DqSum::tile<kColumns>(row, column) + lane);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            st_shared(to + 4 * (DqSum::tile<kColumns>(4 * (i & 2), 8 * j) + i % 2 * 32), dq[j][i]);
 }
 
 // Writes a consumer's accumulators of dk or dv, of keys from `key` on (this lane's first) and of

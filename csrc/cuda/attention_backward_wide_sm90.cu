@@ -91,12 +91,8 @@ template <class C>
 FASTATTN_DEVICE void copy_operands(const AttentionArgs& a, const Own& own, Shared<C> shared,
                                    const Maps& maps) {
     if (own.rows.begin >= own.rows.end) return;
-    const int key = int(own.sequence.start_k) + own.first_key;
-    const int batch_k = a.cu_seqlens_k ? 0 : own.batch, batch_q = a.cu_seqlens_q ? 0 : own.batch;
-    copy_tile<C::kBlockN, C::kHeadDim>(shared.k(), &maps.k, shared.kv_full(), key, own.head_kv,
-                                       batch_k);
-    copy_tile<C::kBlockN, C::kHeadDim>(shared.v(), &maps.v, shared.kv_full(), key, own.head_kv,
-                                       batch_k);
+    copy_keys<C>(a, own, shared, maps);
+    const int batch_q = a.cu_seqlens_q ? 0 : own.batch;
     uint32_t dout_parity = 1;
     each_step<C>(a, own, [&](int head, int first_row, int stage, uint32_t parity) {
         const int row = int(own.sequence.start_q) + first_row;
@@ -146,17 +142,6 @@ FASTATTN_DEVICE void add_weighted(float (&acc)[C::kColumns / 8][4], SharedAddres
     wgmma_commit();
 }
 
-// dq (kBlockM, 64) = ds^T k, of the keys' panel `k`, asynchronously.
-template <class C>
-FASTATTN_DEVICE void multiply_keys(float (&dq)[8][4], SharedAddress ds, SharedAddress k) {
-    const uint64_t a = wgmma_operand(ds), b = wgmma_operand(k);
-#pragma unroll
-    for (int step = 0; step < C::kBlockN / 16; ++step)
-        wgmma<typename C::T, 64, true, true>(flat(dq), advanced(a, step * 2048),
-                                             advanced(b, step * 2048), step > 0);
-    wgmma_commit();
-}
-
 // A warp's 16 rows of transposed weights, of 16 * kSteps queries, to the tile.
 template <class T, class Weights, int kTiles>
 FASTATTN_DEVICE void store_weights(Weights tile, const float (&weights)[kTiles][4], int row,
@@ -174,12 +159,7 @@ template <class C>
 FASTATTN_DEVICE void hand_on(const float (&dq)[8][4], Shared<C> shared, int consumer, int warp,
                              int lane, uint32_t half) {
     mbarrier_wait(shared.dq_empty(consumer), half ^ 1);
-    const SharedAddress to = shared.dq(consumer) + 4 * (DqSum::tile<kPanel>(16 * warp, 0) + lane);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            st_shared(to + 4 * (DqSum::tile<kPanel>(4 * (i & 2), 8 * j) + i % 2 * 32), dq[j][i]);
+    store_dq<kPanel>(shared.dq(consumer), dq, 16 * warp, 0, lane);
     fence_proxy_async();
     warp_sync();
     if (lane == 0) mbarrier_arrive(shared.dq_full(consumer));
