@@ -259,10 +259,10 @@ class DecoderConfig(Config):
         if self.softcap is not None:
             _check_positive("softcap", self.softcap)
         _check_positive("rope_theta", self.rope_theta)
-        if self.positions == "rotary" and (self.head_dim or self.d_model // self.num_heads) % 2:
+        head_dim = self.head_dim or self.d_model // self.num_heads
+        if self.positions == "rotary" and head_dim % 2:
             raise ValueError(
-                "head_dim: expected an even number with rotary positions, got "
-                f"{self.head_dim or self.d_model // self.num_heads}"
+                f"head_dim: expected an even number with rotary positions, got {head_dim}"
             )
         if self.rope_scaling is not None and self.positions != "rotary":
             raise ValueError(

@@ -23,7 +23,8 @@ def band(mask: Tensor, seqlen_k: int) -> dict[str, Any] | None:
         seqlen_k: how many keys there are.
 
     Returns:
-        Some of ``causal``, ``window``, ``offset`` and ``seqlens_k``, of the mask's batch.
+        Some of ``causal``, ``window``, ``offset`` and ``seqlens_k``; one length where the
+        mask is the same for all sequences.
     """
     if not is_plain(mask) or mask.is_meta or 0 in mask.shape:
         return None
@@ -41,7 +42,7 @@ def band(mask: Tensor, seqlen_k: int) -> dict[str, Any] | None:
 
 def _look(mask: Tensor) -> dict[str, Any] | None:
     """Guesses from the first and the last query, and compares."""
-    batch, heads, seqlen_q, seqlen_k = mask.shape
+    _, heads, seqlen_q, seqlen_k = mask.shape
     if heads > 1 and mask.stride(1):
         return None
     mask = mask[:, 0] if mask.stride(0) else mask[:1, 0]
@@ -68,6 +69,6 @@ def _look(mask: Tensor) -> dict[str, Any] | None:
         visible.triu_(lower)
     if (ends < end).any():
         seqlens_k = ends.to(mask.device, torch.int32)
-        options["seqlens_k"] = seqlens_k.expand(batch).contiguous()
+        options["seqlens_k"] = seqlens_k
         visible = visible & (keys.to(mask.device) < seqlens_k[:, None, None])
     return options if torch.equal(mask, visible.expand_as(mask)) else None
